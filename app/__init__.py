@@ -1,0 +1,1 @@
+"""loragate: an OpenAI-compatible gateway for LoRA adapters, and the queue that trains them."""

@@ -1,0 +1,1 @@
+"""ROOM 3. One driver per dialect of model server."""

@@ -1,0 +1,1 @@
+"""ROOM 4. The control plane: verbs are functions over a session, tasks reconcile."""

@@ -1,0 +1,1 @@
+"""ROOM 7. The engine, the tables and the adapter store."""

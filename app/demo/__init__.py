@@ -1,0 +1,1 @@
+"""The small demo model, its adapters, and the script that made them."""

@@ -1,0 +1,161 @@
+"""The nouns of loragate. Read this first.
+
+What comes in: nothing. What goes out: frozen values that every room may hold and pass on.
+What it must not know: HTTP, SQL, torch. Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ADAPTER_NAME_MAX = 128
+ALIAS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+ALIAS_NAME_MAX = 64
+LATEST = "latest"
+
+
+class Scope(StrEnum):
+    """What a key may do."""
+
+    INFERENCE = "inference"
+    ADMIN = "admin"
+
+
+class ReplicaState(StrEnum):
+    """Where a replica is in its life; `cordoned` is a flag beside it, not a state."""
+
+    ADDING = "adding"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The weights a pool serves. `config` is its Hugging Face config.json, or None if unknown.
+
+    `aliases` are other names an adapter_config.json may call it by (a hub id, a folder).
+    """
+
+    name: str
+    config: Mapping[str, Any] | None = None
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Interchangeable servers of one base model.
+
+    `served_name` is what its replicas call the base. `store_mount` is the folder under which
+    they see the adapter store, when that differs from the gateway's own path.
+    """
+
+    name: str
+    base_model: str
+    served_name: str
+    max_lora_rank: int = 64
+    max_loras: int = 8
+    store_mount: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One server of a pool, as the registry knows it. Live counters are in `serving.fleet`.
+
+    `url` is its base URL without a path. `api_key` is sent upstream as a bearer token.
+    """
+
+    id: str
+    pool: str
+    url: str
+    cordoned: bool = False
+    draining: bool = False
+    api_key: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """Immutable weights: version `number` (1, 2, …) of `adapter`.
+
+    `digest` is the sha-256 of its files and names its folder in the store; `rank` is the
+    largest rank of any module.
+    """
+
+    adapter: str
+    number: int
+    digest: str
+    rank: int
+    base_model: str
+
+    @property
+    def upstream_name(self) -> str:
+        """What a replica is asked for. Never reused: an engine's prefix cache is keyed by it."""
+        return f"{self.adapter}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A movable pointer, or a weighted split, over versions of one adapter.
+
+    `targets` are (version number, weight) pairs; the weights are positive.
+    """
+
+    name: str
+    targets: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A named line of LoRA weights as the data plane sees it: its versions and aliases."""
+
+    name: str
+    base_model: str
+    pool: str
+    created_at: datetime
+    versions: Mapping[int, AdapterVersion]
+    aliases: Mapping[str, Alias]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A resolved model name: which pool, and what its replicas are asked for."""
+
+    base_model: str
+    pool: str
+    upstream_name: str
+    version: AdapterVersion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling and what they may do. `models` is an allow-list of globs; None allows all."""
+
+    key_id: str
+    name: str
+    scopes: frozenset[Scope]
+    models: tuple[str, ...] | None = None
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request, or of many added up."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """A billing line: what one key asked of one model since the last record."""
+
+    key_id: str
+    model: str
+    requests: int
+    usage: Usage

@@ -1,0 +1,197 @@
+"""Every exception loragate raises on purpose.
+
+    LoragateError                        internal_error
+    ├── RequestError                     the caller's to fix
+    │   ├── InvalidRequest               invalid_request
+    │   │   └── InvalidJson              invalid_json
+    │   ├── BodyTooLarge                 body_too_large
+    │   ├── Unauthenticated              invalid_api_key
+    │   ├── Forbidden                    permission_denied
+    │   │   └── ModelNotAllowed          model_not_allowed
+    │   ├── NotFound                     not_found
+    │   │   └── ModelNotFound            model_not_found
+    │   ├── MethodNotAllowed             method_not_allowed
+    │   ├── Conflict                     conflict
+    │   └── AdapterRejected              adapter_rejected
+    ├── NoReplicaAvailable               no_replica_available
+    ├── ShuttingDown                     shutting_down
+    ├── AdapterLoadFailed                adapter_load_failed
+    ├── UpstreamError                    what a model server did
+    │   ├── UpstreamRefused              upstream_unavailable   nothing arrived: retry is safe
+    │   ├── UpstreamTimeout              upstream_timeout       it may still be working
+    │   └── UpstreamBroke                upstream_broke         it died or spoke nonsense
+    ├── SourceUnavailable                source_unavailable     weights could not be fetched
+    └── ConfigurationError               invalid_configuration
+
+An exception carries a stable `code` and never an HTTP status; `api.errors` maps the one to the
+other. The message names the thing, its id and the way out, and is safe to show a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+class LoragateError(Exception):
+    """The root. Seen by a client only as "internal error", with a request id."""
+
+    code = "internal_error"
+    param: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        if param is not None:
+            self.param = param
+        if code is not None:
+            self.code = code
+
+
+class RequestError(LoragateError):
+    """The caller can mend this by sending something else."""
+
+    code = "invalid_request"
+
+
+class InvalidRequest(RequestError):
+    """A field is missing or has a value that is not allowed."""
+
+
+class InvalidJson(InvalidRequest):
+    """The body is not JSON, or not an object."""
+
+    code = "invalid_json"
+
+
+class BodyTooLarge(RequestError):
+    """The body is over the configured limit."""
+
+    code = "body_too_large"
+
+
+class Unauthenticated(RequestError):
+    """The key is missing, unknown, expired or revoked."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    """The key is known, but its scopes do not cover this."""
+
+    code = "permission_denied"
+
+
+class ModelNotAllowed(Forbidden):
+    """The key's model allow-list leaves this model out."""
+
+    code = "model_not_allowed"
+    param = "model"
+
+
+class NotFound(RequestError):
+    """There is no such thing."""
+
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No base, adapter, version or alias has this name."""
+
+    code = "model_not_found"
+    param = "model"
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, for another method."""
+
+    code = "method_not_allowed"
+
+
+class Conflict(RequestError):
+    """The change contradicts what is there."""
+
+    code = "conflict"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with an adapter: the field, what was found there, what is allowed."""
+
+    field: str
+    found: object
+    allowed: object
+
+    def __str__(self) -> str:
+        return f"{self.field}: found {self.found!r}, allowed {self.allowed}"
+
+
+class AdapterRejected(RequestError):
+    """The weights cannot be served by the base they are for; `faults` says every reason."""
+
+    code = "adapter_rejected"
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("; ".join(map(str, faults)), param=faults[0].field)
+        self.faults = tuple(faults)
+
+    def details(self) -> list[dict[str, object]]:
+        return [asdict(fault) for fault in self.faults]
+
+
+class NoReplicaAvailable(LoragateError):
+    """No replica of the pool can take the request now."""
+
+    code = "no_replica_available"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ShuttingDown(LoragateError):
+    """The gateway is draining and takes no new requests."""
+
+    code = "shutting_down"
+    retry_after_s = 1
+
+
+class AdapterLoadFailed(LoragateError):
+    """A replica answered that it cannot serve these weights; trying again will not help."""
+
+    code = "adapter_load_failed"
+
+
+class UpstreamError(LoragateError):
+    """A model server did not answer as it should."""
+
+    code = "upstream_error"
+
+
+class UpstreamRefused(UpstreamError):
+    """Nothing reached the model: the request may be sent elsewhere."""
+
+    code = "upstream_unavailable"
+
+
+class UpstreamTimeout(UpstreamError):
+    """The replica was silent for longer than allowed; it may still be working."""
+
+    code = "upstream_timeout"
+
+
+class UpstreamBroke(UpstreamError):
+    """The replica closed, reset or spoke nonsense after the request was sent."""
+
+    code = "upstream_broke"
+
+
+class SourceUnavailable(LoragateError):
+    """The place that holds the weights (a hub, a disk) did not deliver them."""
+
+    code = "source_unavailable"
+
+
+class ConfigurationError(LoragateError):
+    """The settings contradict each other; the program does not start."""
+
+    code = "invalid_configuration"

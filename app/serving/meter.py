@@ -1,0 +1,66 @@
+"""What the data plane counts: usage per key and model, requests and their durations.
+
+What comes in: one call per ended request. What goes out: `UsageRecord`s for the control plane
+to write down, and plain integers for `/metrics`. Runs on the event loop only, so it needs no lock.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+from app.domain import Usage, UsageRecord
+
+#: Upper bounds of the duration histogram, in seconds.
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Meter:
+    """Counts since the start (for `/metrics`) and since the last `drain` (for the registry)."""
+
+    def __init__(self) -> None:
+        self.requests: dict[tuple[str, int], int] = {}
+        self.durations: dict[str, tuple[list[int], list[float]]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self._pending: dict[tuple[str, str], list[int]] = {}
+
+    def ended(self, path: str, status: int, duration_s: float) -> None:
+        """Count a request that ended with `status` (499: the client left)."""
+        key = (path, status)
+        self.requests[key] = self.requests.get(key, 0) + 1
+        found = self.durations.get(path)
+        if found is None:
+            found = self.durations[path] = ([0] * (len(BUCKETS) + 1), [0.0])
+        counts, total = found
+        counts[bisect_left(BUCKETS, duration_s)] += 1
+        total[0] += duration_s
+
+    def used(self, key_id: str, model: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Bill one request of `model` (an upstream name) to a key."""
+        pending = self._pending.get((key_id, model))
+        if pending is None:
+            pending = self._pending[(key_id, model)] = [0, 0, 0]
+        pending[0] += 1
+        pending[1] += prompt_tokens
+        pending[2] += completion_tokens
+        tokens = self.tokens.get(model)
+        if tokens is None:
+            tokens = self.tokens[model] = [0, 0]
+        tokens[0] += prompt_tokens
+        tokens[1] += completion_tokens
+
+    def drain(self) -> list[UsageRecord]:
+        """Take what was used since the last call. Give it to `restore` if it could not be kept."""
+        pending, self._pending = self._pending, {}
+        return [
+            UsageRecord(key_id, model, requests, Usage(prompt, completion))
+            for (key_id, model), (requests, prompt, completion) in pending.items()
+        ]
+
+    def restore(self, records: Iterable[UsageRecord]) -> None:
+        """Put back records that could not be written down."""
+        for record in records:
+            pending = self._pending.setdefault((record.key_id, record.model), [0, 0, 0])
+            pending[0] += record.requests
+            pending[1] += record.usage.prompt_tokens
+            pending[2] += record.usage.completion_tokens

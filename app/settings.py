@@ -1,0 +1,144 @@
+"""The only reader of the environment.
+
+What comes in: `LORAGATE_*` variables. What goes out: one frozen `Settings`. Every field is a
+documented setting; `docs/settings.md` lists them and a test keeps it true.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class PoolSettings(BaseModel):
+    """A pool declared in the environment; the registry is made to match it at startup."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="The pool's name.")
+    base_model: str = Field(description="The base model's name, as clients write it.")
+    base_model_path: Path | None = Field(
+        None, description="Folder with the base's config.json, to check adapters against."
+    )
+    base_model_aliases: tuple[str, ...] = Field(
+        (), description="Other names adapter_config.json files call the base by."
+    )
+    served_name: str | None = Field(
+        None, description="What the replicas call the base; `base_model` when left out."
+    )
+    max_lora_rank: int = Field(64, ge=1, description="The replicas' --max-lora-rank.")
+    max_loras: int = Field(8, ge=1, description="The replicas' --max-loras.")
+    store_mount: str | None = Field(
+        None, description="Where the replicas see the adapter store, if not at the same path."
+    )
+    replicas: tuple[str, ...] = Field((), description="Base URLs of the pool's vLLM servers.")
+    api_key: SecretStr | None = Field(None, description="The replicas' --api-key.")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set from outside, with its default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORAGATE_", env_file=None, frozen=True, extra="ignore"
+    )
+
+    host: str = Field("127.0.0.1", description="Address `loragate serve` listens on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port `loragate serve` listens on.")
+    admin_key: SecretStr | None = Field(
+        None,
+        description="A secret accepted with every scope, beside the keys in the registry: "
+        "how the first key is made on a gateway that is not on loopback.",
+    )
+    data_dir: Path = Field(
+        Path("~/.loragate"), description="Holds the SQLite database and the adapter store."
+    )
+    database_url: str | None = Field(
+        None,
+        description="SQLAlchemy URL; SQLite in the data folder when left out. "
+        "`postgresql://…` needs the `postgres` extra and `loragate migrate`.",
+    )
+    store_dir: Path | None = Field(
+        None, description="The adapter store; `store` in the data folder when left out."
+    )
+    import_dirs: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="Folders, separated by `:`, from which adapters may be registered by path."
+    )
+    hub_endpoint: str | None = Field(
+        None, description="Hugging Face endpoint for adapters given as a repo id."
+    )
+    hub_token: SecretStr | None = Field(None, description="Token for that endpoint.")
+    max_adapter_bytes: int = Field(
+        2 << 30, ge=1, description="Largest adapter accepted, unpacked, in bytes."
+    )
+    pools: tuple[PoolSettings, ...] = Field(
+        (), description="Pools declared as JSON; kept in step with the registry at startup."
+    )
+    embedded: Literal["auto", "off"] = Field(
+        "auto", description="`auto`: with no pool at all, start the demo worker as a child."
+    )
+
+    max_body_bytes: int = Field(32 << 20, ge=1024, description="Largest request body, in bytes.")
+    max_connections_per_replica: int = Field(
+        1024, ge=1, description="Open connections to one replica at most."
+    )
+    connect_timeout_s: float = Field(2.0, gt=0, description="Deadline to connect to a replica.")
+    first_byte_timeout_s: float = Field(
+        600.0, gt=0, description="Deadline from a request sent to its first response byte."
+    )
+    idle_timeout_s: float = Field(
+        120.0, gt=0, description="Longest silence between two chunks of a response."
+    )
+    load_timeout_s: float = Field(120.0, gt=0, description="Deadline for one adapter load.")
+    health_period_s: float = Field(2.0, gt=0, description="Time between two health probes.")
+    publish_period_s: float = Field(
+        0.25, gt=0, description="How often the registry is looked at for changes made elsewhere."
+    )
+    flush_usage_period_s: float = Field(5.0, gt=0, description="How often usage is written down.")
+    reap_period_s: float = Field(60.0, gt=0, description="How often unused files are collected.")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="At shutdown, how long running requests may go on."
+    )
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Lowest level logged."
+    )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="One JSON object a line, or text."
+    )
+    access_log: Literal["all", "errors", "off"] = Field(
+        "errors", description="Which inference requests are logged: all, failed ones, none."
+    )
+
+    worker_host: str = Field("127.0.0.1", description="Address `loragate worker` listens on.")
+    worker_port: int = Field(8090, ge=0, le=65535, description="Port `loragate worker` listens on.")
+    worker_model: Path | None = Field(
+        None, description="Folder of the worker's base model; the demo model when left out."
+    )
+    worker_served_name: str | None = Field(
+        None, description="What the worker calls its base; the folder's name when left out."
+    )
+    worker_device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`…, or `auto`.")
+    worker_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="The worker's number format; `auto` is float32 on a CPU."
+    )
+    worker_max_loras: int = Field(64, ge=1, description="Adapters the worker keeps in memory.")
+    worker_max_lora_rank: int = Field(64, ge=1, description="Largest rank the worker accepts.")
+    worker_max_batch: int = Field(64, ge=1, description="Sequences the worker steps at once.")
+    worker_max_batch_tokens: int = Field(
+        8192, ge=1, description="Prompt tokens the worker prefills in one pass."
+    )
+    worker_max_logprobs: int = Field(20, ge=0, description="Most logprobs a request may ask for.")
+    worker_threads: int | None = Field(None, ge=1, description="Torch threads; all cores if unset.")
+
+    @property
+    def data_path(self) -> Path:
+        return self.data_dir.expanduser().absolute()
+
+    @property
+    def store_path(self) -> Path:
+        return (
+            self.store_dir.expanduser().absolute() if self.store_dir else self.data_path / "store"
+        )

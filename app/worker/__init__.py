@@ -1,0 +1,1 @@
+"""The other program: the only room with torch. Speaks the vLLM dialect for sampling."""
