@@ -1,0 +1,102 @@
+"""What every test gets: async tests and fixtures, a check for leaked tasks, a clean environment.
+
+What comes in: pytest's hooks. What goes out: `async def test_…` functions and async generator
+fixtures run on one `asyncio.Runner` per test. No plugin does this for us, so that what runs is
+what asyncio does, without a second event loop's rules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import pytest
+
+RUNNER = "asyncio_runner"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let no setting, hub or proxy of the developer's shell reach a test or its subprocesses."""
+    for name in list(os.environ):
+        if name.startswith("LORAGATE_") and not name.startswith("LORAGATE_TEST_"):
+            del os.environ[name]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost,::1"}
+
+
+@pytest.fixture
+def asyncio_runner() -> Iterator[asyncio.Runner]:
+    """One loop for a test and its async fixtures; fails the test that leaves a task behind."""
+    with asyncio.Runner() as runner:
+        yield runner
+        left = asyncio.all_tasks(runner.get_loop())
+    if left:
+        names = ", ".join(sorted(repr(task.get_coro()) for task in left))
+        pytest.fail(f"{len(left)} task(s) still pending at the end of the test: {names}")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function) and _is_async(item.obj):
+        item.fixturenames.insert(0, RUNNER)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run an async test; with Hypothesis, run each of its examples."""
+    test = pyfuncitem.obj
+    if not _is_async(test):
+        return None
+    runner: asyncio.Runner = pyfuncitem.funcargs[RUNNER]
+    wanted = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in wanted}
+    if (property_ := getattr(test, "hypothesis", None)) is not None:
+        example = property_.inner_test
+
+        def run_example(*args: Any, **kwargs: Any) -> None:
+            runner.run(example(*args, **kwargs))
+
+        property_.inner_test = run_example
+        try:
+            test(**arguments)
+        finally:
+            property_.inner_test = example
+    else:
+        runner.run(test(**arguments))
+    return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> object | None:
+    """Set up an async generator fixture (function scope), and tear it down on the same loop."""
+    function = fixturedef.func
+    if not inspect.isasyncgenfunction(function):
+        return None
+    runner: asyncio.Runner = request.getfixturevalue(RUNNER)
+    arguments = {name: request.getfixturevalue(name) for name in fixturedef.argnames}
+    generator = function(**arguments)
+    fixturedef.addfinalizer(lambda: runner.run(_finish(generator)))
+    value = runner.run(_start(generator))
+    fixturedef.cached_result = (value, fixturedef.cache_key(request), None)
+    return value
+
+
+async def _start(generator: AsyncGenerator[Any]) -> Any:
+    return await anext(generator)
+
+
+async def _finish(generator: AsyncGenerator[Any]) -> None:
+    try:
+        await anext(generator)
+    except StopAsyncIteration:
+        return
+    raise RuntimeError("an async fixture yields once")
+
+
+def _is_async(test: Any) -> bool:
+    if (property_ := getattr(test, "hypothesis", None)) is not None:
+        test = property_.inner_test
+    return inspect.iscoroutinefunction(test)
