@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -133,6 +133,11 @@ class Settings(BaseSettings):
     worker_max_logprobs: int = Field(20, ge=0, description="Most logprobs a request may ask for.")
     worker_threads: int | None = Field(None, ge=1, description="Torch threads; all cores if unset.")
 
+    @field_validator("import_dirs", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part for part in value.split(":") if part] if isinstance(value, str) else value
+
     @property
     def data_path(self) -> Path:
         return self.data_dir.expanduser().absolute()
@@ -142,3 +147,14 @@ class Settings(BaseSettings):
         return (
             self.store_dir.expanduser().absolute() if self.store_dir else self.data_path / "store"
         )
+
+
+class ClientSettings(BaseSettings):
+    """How the command line finds a gateway."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORAGATE_", env_file=None, frozen=True, extra="ignore"
+    )
+
+    url: str = Field("http://127.0.0.1:8080", description="The gateway that `loragate` talks to.")
+    api_key: SecretStr | None = Field(None, description="The key that `loragate` shows it.")
