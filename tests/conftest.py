@@ -11,9 +11,13 @@ import asyncio
 import inspect
 import os
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
+
+from tests.servers import fake_server
+
+__all__ = ["fake_server"]
 
 RUNNER = "asyncio_runner"
 
@@ -48,7 +52,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     test = pyfuncitem.obj
     if not _is_async(test):
         return None
-    runner: asyncio.Runner = pyfuncitem.funcargs[RUNNER]
+    runner = cast(asyncio.Runner, pyfuncitem.funcargs[RUNNER])
     wanted = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in wanted}
     if (property_ := getattr(test, "hypothesis", None)) is not None:
@@ -80,8 +84,8 @@ def pytest_fixture_setup(
     generator = function(**arguments)
     fixturedef.addfinalizer(lambda: runner.run(_finish(generator)))
     value = runner.run(_start(generator))
-    fixturedef.cached_result = (value, fixturedef.cache_key(request), None)
-    return value
+    fixturedef.cached_result = (value, fixturedef.cache_key(cast(Any, request)), None)
+    return cast(object, value)
 
 
 async def _start(generator: AsyncGenerator[Any]) -> Any:
