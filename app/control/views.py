@@ -1,0 +1,128 @@
+"""What the control plane shows of adapters, and how rows become it.
+
+What comes in: rows of one open transaction. What goes out: frozen views that outlive it. No HTTP:
+`app.api.admin` turns a view into JSON.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.db.tables import AdapterRow, AliasRow, VersionRow
+from app.domain import LATEST
+
+Targets = tuple[tuple[int, int], ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class VersionView:
+    """One version as the admin API shows it. `model` is what a client may ask for."""
+
+    adapter: str
+    number: int
+    digest: str
+    rank: int
+    target_modules: tuple[str, ...]
+    base_model: str
+    bytes: int
+    source: str
+    created_at: datetime
+    metadata: Mapping[str, Any]
+
+    @property
+    def model(self) -> str:
+        return f"{self.adapter}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterView:
+    """An adapter with its live versions, lowest number first, and its aliases."""
+
+    name: str
+    base_model: str
+    pool: str
+    created_at: datetime
+    metadata: Mapping[str, Any]
+    versions: tuple[VersionView, ...]
+    aliases: Mapping[str, Targets]
+
+    @property
+    def latest(self) -> int | None:
+        targets = self.aliases.get(LATEST)
+        return targets[0][0] if targets else None
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a list; `next_after` continues it, None ends it."""
+
+    data: tuple[T, ...]
+    next_after: str | None = None
+
+    @property
+    def has_more(self) -> bool:
+        return self.next_after is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The answer to a registration; `created` is False when these weights were there already."""
+
+    adapter: AdapterView
+    version: VersionView
+    created: bool
+
+
+def as_targets(stored: Sequence[Sequence[int]]) -> Targets:
+    return tuple((int(number), int(weight)) for number, weight in stored)
+
+
+def version_view(adapter: str, row: VersionRow) -> VersionView:
+    return VersionView(
+        adapter=adapter,
+        number=row.number,
+        digest=row.digest,
+        rank=row.rank,
+        target_modules=tuple(row.target_modules),
+        base_model=row.base_model,
+        bytes=row.bytes,
+        source=row.source,
+        created_at=row.created_at,
+        metadata=row.details,
+    )
+
+
+async def adapter_views(session: AsyncSession, rows: Sequence[AdapterRow]) -> list[AdapterView]:
+    """The views of these adapters, in this order, with two queries for all of them."""
+    ids = [row.id for row in rows]
+    versions: dict[int, list[VersionRow]] = defaultdict(list)
+    aliases: dict[int, dict[str, Targets]] = defaultdict(dict)
+    live = VersionRow.adapter_id.in_(ids), VersionRow.deleted_at.is_(None)
+    for version in await session.scalars(
+        select(VersionRow).where(*live).order_by(VersionRow.adapter_id, VersionRow.number)
+    ):
+        versions[version.adapter_id].append(version)
+    for alias in await session.scalars(
+        select(AliasRow).where(AliasRow.adapter_id.in_(ids)).order_by(AliasRow.name)
+    ):
+        aliases[alias.adapter_id][alias.name] = as_targets(alias.targets)
+    return [
+        AdapterView(
+            name=row.name,
+            base_model=row.base_model,
+            pool=row.pool,
+            created_at=row.created_at,
+            metadata=row.details,
+            versions=tuple(version_view(row.name, version) for version in versions[row.id]),
+            aliases=aliases[row.id],
+        )
+        for row in rows
+    ]
