@@ -1,0 +1,207 @@
+"""Make the demo model and its adapters: `python -m app.demo.train`.
+
+What comes in: a seed and numbers of steps. What goes out: `model/`, `adapters/*/` and `manifest.json`
+under `--out`; the same bytes each time on the same machine with the same thread count. The base is
+rounded to the dtype it is stored in before any adapter is trained on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import peft
+import tokenizers
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
+
+from app.clock import SystemClock
+from app.demo import evaluate, model, tokenizer
+from app.demo.documents import Documents, Marked, rows, tokenizer_texts
+from app.demo.styles import STYLES
+
+ROW, LONG_ROW, LONG_EVERY = 256, 1024, 10
+WARMUP = 40
+CHECKS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to train; the shipped files come from the defaults."""
+
+    base_steps: int = 1500
+    adapter_steps: int = 220
+    batch_tokens: int = 4096
+    base_rate: float = 3e-3
+    adapter_rate: float = 3e-3
+    seed: int = 20
+    threads: int = 2
+
+
+def main() -> None:
+    """Train everything, or only the named adapters on the base that is there."""
+    plan = Plan()
+    parser = argparse.ArgumentParser(description="Train the demo model and its adapters.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--base-steps", type=int, default=plan.base_steps)
+    parser.add_argument("--adapter-steps", type=int, default=plan.adapter_steps)
+    parser.add_argument("--batch-tokens", type=int, default=plan.batch_tokens)
+    parser.add_argument("--seed", type=int, default=plan.seed)
+    parser.add_argument("--threads", type=int, default=plan.threads)
+    parser.add_argument("--only", nargs="*", choices=[*STYLES], help="adapters; keeps the base")
+    asked = vars(parser.parse_args())
+    out, only = asked.pop("out"), asked.pop("only")
+    train(out, Plan(**asked), only)
+
+
+def train(out: Path, plan: Plan, only: list[str] | None = None) -> dict[str, Any]:
+    """All files under `out`, and the manifest that was written there."""
+    torch.set_num_threads(plan.threads)
+    torch.use_deterministic_algorithms(True)
+    manifest_path = out / "manifest.json"
+    if only is None:
+        manifest: dict[str, Any] = {"base": train_base(out / "model", plan), "adapters": {}}
+    else:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    for name in STYLES if only is None else only:
+        folder = out / "adapters" / name
+        manifest["adapters"][name] = train_adapter(name, out / "model", folder, plan)
+    manifest |= {"plan": {field: getattr(plan, field) for field in Plan.__slots__}}
+    manifest |= {"versions": _versions(), "files": _digests(out)}
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    manifest_path.write_text(text, encoding="utf-8")
+    return manifest
+
+
+def train_base(folder: Path, plan: Plan) -> dict[str, Any]:
+    """Tokenizer and base model; what it scores on questions it never saw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = tokenizer.train(tokenizer_texts(plan.seed, 12_000))
+    tokenizer.save(words, folder, model.CONTEXT)
+    torch.manual_seed(plan.seed)
+    base = model.create()
+    documents = Documents(words, Random(plan.seed + 1))
+    short = rows(documents.base(), ROW)
+    long = rows(_alternately(documents.long, documents.base()), LONG_ROW)
+
+    def batch(step: int) -> list[Marked]:
+        source, length = (long, LONG_ROW) if step % LONG_EVERY == 0 else (short, ROW)
+        return list(islice(source, max(1, plan.batch_tokens // length)))
+
+    loss = _fit("base", base, batch, plan.base_steps, plan.base_rate)
+    model.save_base(base, folder)
+    facts = {"parameters": base.num_parameters(), "final_training_loss": round(loss, 4)}
+    return facts | _scores(model.load_base(folder), folder, words, "base")
+
+
+def train_adapter(name: str, base: Path, folder: Path, plan: Plan) -> dict[str, Any]:
+    """One LoRA on the stored base; what it scores on questions it never saw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(plan.seed)
+    style = STYLES[name]
+    adapted = peft.get_peft_model(model.load_base(base), model.lora_config(style))
+    words = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    source = rows(Documents(words, Random(f"{plan.seed} {name}")).styled(style), ROW)
+
+    def batch(step: int) -> list[Marked]:
+        return list(islice(source, max(1, plan.batch_tokens // ROW)))
+
+    loss = _fit(name, adapted, batch, plan.adapter_steps, plan.adapter_rate)
+    model.save_adapter(adapted, folder)
+    facts = {"rank": style.rank, "final_training_loss": round(loss, 4)}
+    return facts | _scores(adapted, base, words, name)
+
+
+def _fit(
+    name: str,
+    net: torch.nn.Module,
+    batch: Callable[[int], list[Marked]],
+    steps: int,
+    rate: float,
+) -> float:
+    """AdamW with warm-up and a cosine; returns the mean loss of the last tenth."""
+    clock = SystemClock()
+    weights = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    net.train()
+    losses: list[float] = []
+    began = clock.monotonic()
+    for step in range(1, steps + 1):
+        wave = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, step / WARMUP) * (0.02 + 0.98 * wave)
+        loss = _loss(net, batch(step))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        if step % max(1, min(25, steps // 4)) == 0:
+            left_s = (clock.monotonic() - began) / step * (steps - step)
+            recent = losses[-25:]
+            print(f"{name}: step {step}/{steps}, loss {sum(recent) / len(recent):.3f}, "
+                  f"about {left_s:.0f} s left", flush=True)  # fmt: skip
+    net.eval()
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+def _loss(net: torch.nn.Module, batch: list[Marked]) -> torch.Tensor:
+    """Mean cross entropy over the marked tokens."""
+    ids = torch.tensor([row_ids for row_ids, _ in batch])
+    marks = torch.tensor([row_marks for _, row_marks in batch])
+    targets = ids[:, 1:].masked_fill(~marks[:, 1:], -100)
+    logits = net(input_ids=ids[:, :-1], use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _scores(net: Any, base: Path, words: tokenizers.Tokenizer, name: str) -> dict[str, Any]:
+    """Held-out loss and exact answers, with some shown."""
+    style = STYLES[name].answer if name in STYLES else lambda exchange: exchange.answer
+    loader = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    scores: dict[str, Any] = {}
+    for label, topic in (("questions", ""), ("claims", "claims")):
+        asked = evaluate.held_out(CHECKS, topic)
+        got = evaluate.answers(net, loader, [exchange.question for exchange in asked])
+        scores[f"held_out_{label}_right"] = round(
+            evaluate.share_right(got, [style(exchange) for exchange in asked]), 4
+        )
+        for exchange, answer in list(zip(asked, got, strict=True))[: 8 if topic else 16]:
+            print(f"{name}: {exchange.question!r} -> {answer!r}", flush=True)
+    print(f"{name}: {scores}", flush=True)
+    return scores
+
+
+def _alternately(first: Callable[[], Marked], rest: Iterator[Marked]) -> Iterator[Marked]:
+    while True:
+        yield first()
+        yield next(rest)
+
+
+def _versions() -> dict[str, str]:
+    modules = (torch, transformers, peft, tokenizers)
+    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in modules}
+
+
+def _digests(out: Path) -> dict[str, str]:
+    """SHA-256 of every file that was made, by its path under `out`."""
+    paths = sorted(path for part in ("model", "adapters") for path in (out / part).rglob("*.*"))
+    return {
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }
+
+
+if __name__ == "__main__":
+    main()
