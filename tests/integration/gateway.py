@@ -1,0 +1,166 @@
+"""A real gateway on a real socket, beside the test: what every integration test talks to.
+
+What comes in: settings. What goes out: its address, the real clients pointed at it, and the few
+admin calls that most tests begin with. It runs as users run it, under uvicorn, on a loop of its
+own; its rooms are never reached into.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+from app.main import create_app
+from app.settings import PoolSettings, Settings
+from tests.fakes.adapters import write_adapter, write_base
+from tests.fakes.loops import LoopThread
+from tests.fakes.upstream import FakeUpstream
+from tests.waiting import wait_until
+
+BASE = "tiny"
+
+StartGateway = Callable[..., "Gateway"]
+StartUpstream = Callable[..., FakeUpstream]
+
+
+class Gateway:
+    """One running gateway. `client` is an admin's httpx client without a key."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._thread = LoopThread("gateway")
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=20)
+        with _logging_kept():
+            config = uvicorn.Config(
+                create_app(settings),
+                http="httptools",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        self._server = uvicorn.Server(config)
+        self._served: Future[None] = asyncio.run_coroutine_threadsafe(
+            self._server.serve(sockets=[self._socket]), self._thread.loop
+        )
+        wait_until(lambda: self._server.started or self._served.done(), within_s=20)
+        if self._served.done():
+            self.close()
+            raise RuntimeError("the gateway did not start; its log says why")
+
+    def close(self) -> None:
+        self.client.close()
+        self._server.should_exit = True
+        self._served.exception(timeout=20)
+        self._socket.close()
+        self._thread.close()
+
+    def openai(self, key: str = "unused", **options: Any) -> openai.OpenAI:
+        """The real client. It repeats nothing, so that what a test sees happened once."""
+        options = {"max_retries": 0, "timeout": 20} | options
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
+
+    def async_openai(self, key: str = "unused", **options: Any) -> openai.AsyncOpenAI:
+        options = {"max_retries": 0, "timeout": 20} | options
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
+
+    def ready(self) -> bool:
+        return self.client.get("/readyz").status_code == 200
+
+    def register(self, name: str, folder: Path, **fields: Any) -> dict[str, Any]:
+        """Register an adapter, or the next version of a name that is taken; wait for it."""
+        body = {"source": {"path": str(folder)}, **fields}
+        answer = self.client.post("/admin/adapters", json={"name": name} | body)
+        if answer.status_code == 409:
+            answer = self.client.post(f"/admin/adapters/{name}/versions", json=body)
+        assert answer.status_code == 201, answer.text
+        found: dict[str, Any] = answer.json()
+        model = f"/v1/models/{name}@{found['version']['number']}"
+        wait_until(lambda: self.client.get(model).status_code == 200)
+        return found
+
+    def set_alias(self, name: str, alias: str, **target: Any) -> None:
+        """Point an alias at a version, or at weighted targets."""
+        answer = self.client.put(f"/admin/adapters/{name}/aliases/{alias}", json=target)
+        assert answer.status_code == 200, answer.text
+
+    def create_key(self, *scopes: str, **fields: Any) -> dict[str, Any]:
+        """Create an API key and wait until the gateway knows it.
+
+        The first one with the admin scope becomes this object's own: anonymous calls end there.
+        """
+        body = {"name": "test", "scopes": list(scopes), **fields}
+        answer = self.client.post("/admin/keys", json=body)
+        assert answer.status_code == 201, answer.text
+        key: dict[str, Any] = answer.json()
+        headers = {"authorization": f"Bearer {key['secret']}"}
+        if "admin" in scopes and "authorization" not in self.client.headers:
+            self.client.headers.update(headers)
+        path = "/v1/models" if "inference" in scopes else "/admin/keys"
+        wait_until(lambda: self.client.get(path, headers=headers).status_code == 200)
+        return key
+
+
+class Workbench:
+    """A folder for one test: adapters to register, a base to check them against, settings."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.base = write_base(root / "base")
+        self._written = 0
+
+    def adapter(self, **fields: Any) -> Path:
+        """A new adapter folder; no two have the same weights unless `seed` says so."""
+        self._written += 1
+        fields = {"seed": self._written} | fields
+        return write_adapter(self.root / "adapters" / str(self._written), **fields)
+
+    def settings(self, *replicas: str, **overrides: Any) -> Settings:
+        pool = PoolSettings(
+            name="pool",
+            base_model=BASE,
+            base_model_path=self.base,
+            max_lora_rank=overrides.pop("max_lora_rank", 16),
+            replicas=replicas,
+            api_key=overrides.pop("replica_key", None),
+        )
+        defaults: dict[str, Any] = {
+            "data_dir": self.root / "data",
+            "import_dirs": (self.root,),
+            "pools": (pool,),
+            "embedded": "off",
+            "health_period_s": 0.1,
+            "connect_timeout_s": 1.0,
+            "access_log": "all",
+        }
+        return Settings(**(defaults | overrides))
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """The app takes over the root logger, as it should; the tests' own handlers come back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
