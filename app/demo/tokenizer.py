@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: a byte-level BPE trained on the demo's own text, with a chat template.
+"""The demo model's tokenizer: byte-level BPE trained on the demo's own text, and a chat template.
 
 What comes in: text. What goes out: a folder that transformers and vLLM load as a fast tokenizer.
 Any text survives encode and decode, and nothing is ever put before or after it.

@@ -1,8 +1,8 @@
 """Make the demo model and its adapters: `python -m app.demo.train`.
 
-What comes in: a seed and numbers of steps. What goes out: `model/`, `adapters/*/` and `manifest.json`
-under `--out`; the same bytes each time on the same machine with the same thread count. The base is
-rounded to the dtype it is stored in before any adapter is trained on it.
+What comes in: a seed and numbers of steps. What goes out: `model/`, `adapters/*/` and
+`manifest.json` under `--out`; the same bytes each time on the same machine with the same thread
+count. The base is rounded to the dtype it is stored in before any adapter is trained on it.
 """
 
 from __future__ import annotations
