@@ -98,6 +98,11 @@ class Settings(BaseSettings):
     )
     flush_usage_period_s: float = Field(5.0, gt=0, description="How often usage is written down.")
     reap_period_s: float = Field(60.0, gt=0, description="How often unused files are collected.")
+    reap_grace_s: float = Field(
+        600.0,
+        ge=0,
+        description="How long a deleted version's files stay, so that requests for it can end.",
+    )
     drain_timeout_s: float = Field(
         30.0, ge=0, description="At shutdown, how long running requests may go on."
     )

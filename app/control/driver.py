@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -18,7 +19,8 @@ from app.telemetry import Event, log
 
 logger = logging.getLogger(__name__)
 
-Activate = Callable[[], Awaitable[Mapping[str, object]]]
+#: What a run reports is shown at /admin/tasks; None reports nothing.
+Activate = Callable[[], Awaitable[Mapping[str, object] | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Activator:
         self._ended = asyncio.Condition()
         self._asked = 0
         self._served = 0
+        self._looping = False
         self._status = TaskStatus(name, period_s, False, 0, 0, None, None, None)
 
     def wake(self) -> None:
@@ -59,9 +62,11 @@ class Activator:
         """Wake, and wait until a run that began after this call has ended, well or not.
 
         False when that took longer than `within_s`: the change is committed all the same, and
-        the task gets to it at its own pace.
+        the task gets to it at its own pace. Also False, at once, while no driver runs.
         """
         self.wake()
+        if not self._looping:
+            return False
         ticket = self._asked
         try:
             async with asyncio.timeout(within_s), self._ended:
@@ -75,14 +80,16 @@ class Activator:
 
     async def loop(self) -> None:
         """Run forever: at once, then at each period or wake. Ends by cancellation."""
-        while True:
-            self._woken.clear()
-            await self._run_once(self._asked)
-            try:
-                async with asyncio.timeout(self._period_s):
-                    await self._woken.wait()
-            except TimeoutError:
-                continue
+        self._looping = True
+        try:
+            while True:
+                self._woken.clear()
+                await self._run_once(self._asked)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._period_s):
+                        await self._woken.wait()
+        finally:
+            self._looping = False
 
     async def _run_once(self, ticket: int) -> None:
         before, started = self._status, self._clock.monotonic()
@@ -90,7 +97,7 @@ class Activator:
         details = before.details
         self._status = replace(before, running=True, last_started_at=self._clock.now())
         try:
-            details = await self._activate()
+            details = await self._activate() or {}
         except Exception as exc:  # one task's failure must not end the others
             error = f"{type(exc).__name__}: {exc}"
             log(logger, logging.ERROR, Event.TASK_FAILED, task=self.name, error=error)
