@@ -1,0 +1,1 @@
+"""How much a gateway costs: loragate beside its peers, measured on one machine in one run."""
