@@ -74,7 +74,6 @@ def lora_config(style: Style) -> LoraConfig:
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=BASE_NAME,
     )
 
 

@@ -33,7 +33,6 @@ from app.demo.styles import STYLES
 
 ROW, LONG_ROW, LONG_EVERY = 256, 1024, 10
 WARMUP = 40
-CHECKS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,8 @@ class Plan:
     adapter_rate: float = 3e-3
     seed: int = 20
     threads: int = 2
+    checks: int = 120
+    tokenizer_texts: int = 12_000
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def train(out: Path, plan: Plan, only: list[str] | None = None) -> dict[str, Any
 def train_base(folder: Path, plan: Plan) -> dict[str, Any]:
     """Tokenizer and base model; what it scores on questions it never saw."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = tokenizer.train(tokenizer_texts(plan.seed, 12_000))
+    words = tokenizer.train(tokenizer_texts(plan.seed, plan.tokenizer_texts))
     tokenizer.save(words, folder, model.CONTEXT)
     torch.manual_seed(plan.seed)
     base = model.create()
@@ -102,7 +103,7 @@ def train_base(folder: Path, plan: Plan) -> dict[str, Any]:
     loss = _fit("base", base, batch, plan.base_steps, plan.base_rate)
     model.save_base(base, folder)
     facts = {"parameters": base.num_parameters(), "final_training_loss": round(loss, 4)}
-    return facts | _scores(model.load_base(folder), folder, words, "base")
+    return facts | _scores(model.load_base(folder), folder, "base", plan.checks)
 
 
 def train_adapter(name: str, base: Path, folder: Path, plan: Plan) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def train_adapter(name: str, base: Path, folder: Path, plan: Plan) -> dict[str, 
     loss = _fit(name, adapted, batch, plan.adapter_steps, plan.adapter_rate)
     model.save_adapter(adapted, folder)
     facts = {"rank": style.rank, "final_training_loss": round(loss, 4)}
-    return facts | _scores(adapted, base, words, name)
+    return facts | _scores(adapted, base, name, plan.checks)
 
 
 def _fit(
@@ -166,13 +167,13 @@ def _loss(net: torch.nn.Module, batch: list[Marked]) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _scores(net: Any, base: Path, words: tokenizers.Tokenizer, name: str) -> dict[str, Any]:
-    """Held-out loss and exact answers, with some shown."""
+def _scores(net: Any, base: Path, name: str, checks: int) -> dict[str, Any]:
+    """The share of held-out questions answered word for word as wanted; some are shown."""
     style = STYLES[name].answer if name in STYLES else lambda exchange: exchange.answer
     loader = AutoTokenizer.from_pretrained(base, local_files_only=True)
     scores: dict[str, Any] = {}
     for label, topic in (("questions", ""), ("claims", "claims")):
-        asked = evaluate.held_out(CHECKS, topic)
+        asked = evaluate.held_out(checks, topic)
         got = evaluate.answers(net, loader, [exchange.question for exchange in asked])
         scores[f"held_out_{label}_right"] = round(
             evaluate.share_right(got, [style(exchange) for exchange in asked]), 4
