@@ -16,11 +16,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors, telemetry
+from app.api.edge import Edge
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(errors.LoragateError, _answer)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(_Crashes)
+    app.add_middleware(Edge, crashed=_crashed)
 
 
 async def _answer(request: Request, exc: Exception) -> Response:
@@ -121,6 +120,9 @@ async def _answer_invalid(request: Request, exc: Exception) -> Response:
 
 async def _answer_http(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
+    if isinstance(exc.__cause__, errors.LoragateError):
+        # FastAPI calls whatever went wrong while it read the body a 400.
+        return await _answer(request, exc.__cause__)
     path = request.url.path
     if exc.status_code == 404:
         return await _answer(request, errors.NotFound(f"There is no {path} here; see /docs."))
@@ -134,32 +136,8 @@ async def _answer_http(request: Request, exc: Exception) -> Response:
     return Response(body, exc.status_code, exc.headers, _JSON)
 
 
-class _Crashes:
-    """Answers what no handler expected. Starlette's own would answer and then raise it again."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watched)
-        except ClientDisconnect:
-            # Left while uploading: nobody is there to answer, and nothing is wrong.
-            return
-        except Exception as exc:
-            if started or scope["type"] != "http":
-                raise
-            fields = {"method": scope["method"], "path": scope["path"]}
-            event = telemetry.Event.REQUEST_CRASHED.value
-            logger.error(event, exc_info=exc, extra={"fields": fields})
-            await Response(envelope_bytes(exc), 500, media_type=_JSON)(scope, receive, send)
+def _crashed(exc: Exception) -> Response:
+    return Response(envelope_bytes(exc), status_of(exc), headers_of(exc), _JSON)
 
 
 def _kind(exc: BaseException) -> tuple[int, str]:

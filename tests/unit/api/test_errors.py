@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import openai
@@ -15,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from app import errors, telemetry
 from app.api import errors as mapping
+from app.settings import Settings
 
 CLASSES = [
     cls
@@ -116,7 +119,11 @@ def scripted(raised: Exception) -> FastAPI:
 
 
 def transport(app: FastAPI) -> httpx.ASGITransport:
-    return httpx.ASGITransport(app=app)
+    async def with_rooms(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"] = {"rooms": SimpleNamespace(settings=Settings())}
+        await app(scope, receive, send)
+
+    return httpx.ASGITransport(app=with_rooms)
 
 
 @pytest.mark.parametrize(
@@ -193,5 +200,42 @@ async def test_a_crash_is_logged_with_its_traceback_and_answered_without(
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
+    assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
     (record,) = [r for r in caplog.records if r.message == telemetry.Event.REQUEST_CRASHED]
     assert record.exc_info is not None
+
+
+async def test_request_ids_are_echoed_made_up_and_never_copied_unread() -> None:
+    async with httpx.AsyncClient(
+        transport=transport(scripted(RuntimeError())), base_url="http://gateway"
+    ) as client:
+        given = await client.get("/nowhere", headers={"x-request-id": "mine-1"})
+        none = await client.get("/nowhere")
+        odd = await client.get("/nowhere", headers={"x-request-id": "a b" + "c" * 200})
+    assert given.headers["x-request-id"] == "mine-1"
+    assert none.headers["x-request-id"].startswith("req_")
+    assert odd.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_over_the_limit_is_refused_before_it_is_in_memory(declared: bool) -> None:
+    limit = Settings().max_body_bytes
+    sent = 0
+
+    async def chunks() -> Any:
+        nonlocal sent
+        while sent <= 2 * limit:
+            sent += 1 << 20
+            yield bytes(1 << 20)
+
+    headers = {"content-type": "application/json"}
+    if declared:
+        headers["content-length"] = str(2 * limit)
+    async with httpx.AsyncClient(
+        transport=transport(scripted(RuntimeError())), base_url="http://gateway"
+    ) as client:
+        answer = await client.post("/number", content=chunks(), headers=headers)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+    assert "LORAGATE_MAX_BODY_BYTES" in answer.json()["error"]["message"]
+    assert sent == 0 if declared else sent <= limit + (2 << 20)

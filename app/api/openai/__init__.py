@@ -1,0 +1,1 @@
+"""The OpenAI routes that are not inference."""
