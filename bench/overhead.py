@@ -192,15 +192,10 @@ def _run(args: argparse.Namespace, cores: Cores, scratch: Path) -> int:
 
 def _gather(names: Sequence[str], scratch: Path) -> tuple[dict[str, Record], list[Contender]]:
     """A record for each name, and the contenders among them that can be had here."""
-    found = {each.name: each for each in (DIRECT, FLOOR, *PEERS)}
     records: dict[str, Record] = {}
     ready: list[Contender] = []
     for name in names:
-        if name in loragate.SIZES:
-            print(f"preparing {name}: {loragate.SIZES[name]:,} adapter(s) registered", flush=True)
-            contender = loragate.seeded(name, scratch)
-        else:
-            contender = found[name]
+        contender = contender_called(name, scratch)
         record = records[name] = Record(name, contender.title)
         if install(contender):
             record.versions = machine.versions(contender)
@@ -208,6 +203,14 @@ def _gather(names: Sequence[str], scratch: Path) -> tuple[dict[str, Record], lis
         else:
             record.trouble = NOT_INSTALLED
     return records, ready
+
+
+def contender_called(name: str, scratch: Path) -> Contender:
+    """The contender of a name in `NAMES`; loragate's registry is filled for it."""
+    if name in loragate.SIZES:
+        print(f"filling the registry of {name}: {loragate.SIZES[name]:,} adapter(s)", flush=True)
+        return loragate.seeded(name, scratch)
+    return next(each for each in (DIRECT, FLOOR, *PEERS) if each.name == name)
 
 
 def _rounds(bench: Bench, ready: Sequence[Contender], records: dict[str, Record]) -> None:
