@@ -73,6 +73,11 @@ class FakeUpstream:
         with self._lock:
             self._scripts[path].extend(faults)
 
+    def behave(self) -> None:
+        """Forget what is scripted and not played yet."""
+        with self._lock:
+            self._scripts.clear()
+
     def requests(self, path: str | None = None) -> list[Request]:
         """What came in so far; without a path, everything but health checks and discovery."""
         quiet = {"/health", "/v1/models", "/metrics"}

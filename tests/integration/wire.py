@@ -107,6 +107,13 @@ class Wire:
         self._file.readline()
         return data
 
+    def rest(self) -> bytes:
+        """Everything up to the end of the connection, which the gateway must make."""
+        try:
+            return self._file.read()
+        except ConnectionError:
+            return b""
+
     def ended(self) -> bool:
         """Whether the gateway has closed the connection, after whatever it still had to say."""
         try:
