@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 
 async def until(
-    condition: Callable[[], T | Awaitable[T]], within_s: float = 5, every_s: float = 0.01
+    condition: Callable[[], T] | Callable[[], Awaitable[T]],
+    within_s: float = 5,
+    every_s: float = 0.01,
 ) -> T:
     """Await until `condition()` (sync or async) is true; return what it returned."""
     deadline = time.monotonic() + within_s

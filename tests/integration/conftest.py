@@ -64,13 +64,13 @@ def gateway(start_gateway: StartGateway, upstream: FakeUpstream) -> Gateway:
 
 @pytest.fixture
 def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
-    with gateway.openai() as client:
+    with gateway.openai_client() as client:
         yield client
 
 
 @pytest.fixture
 async def async_client(gateway: Gateway) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with gateway.async_openai() as client:
+    async with gateway.async_openai_client() as client:
         yield client
 
 

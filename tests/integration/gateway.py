@@ -70,12 +70,12 @@ class Gateway:
         self._socket.close()
         self._thread.close()
 
-    def openai(self, key: str = "unused", **options: Any) -> openai.OpenAI:
+    def openai_client(self, key: str = "unused", **options: Any) -> openai.OpenAI:
         """The real client. It repeats nothing, so that what a test sees happened once."""
         options = {"max_retries": 0, "timeout": 20} | options
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
 
-    def async_openai(self, key: str = "unused", **options: Any) -> openai.AsyncOpenAI:
+    def async_openai_client(self, key: str = "unused", **options: Any) -> openai.AsyncOpenAI:
         options = {"max_retries": 0, "timeout": 20} | options
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
 
@@ -131,13 +131,15 @@ class Workbench:
         return write_adapter(self.root / "adapters" / str(self._written), **fields)
 
     def settings(self, *replicas: str, **overrides: Any) -> Settings:
-        pool = PoolSettings(
-            name="pool",
-            base_model=BASE,
-            base_model_path=self.base,
-            max_lora_rank=overrides.pop("max_lora_rank", 16),
-            replicas=replicas,
-            api_key=overrides.pop("replica_key", None),
+        pool = PoolSettings.model_validate(
+            {
+                "name": "pool",
+                "base_model": BASE,
+                "base_model_path": self.base,
+                "max_lora_rank": overrides.pop("max_lora_rank", 16),
+                "replicas": replicas,
+                "api_key": overrides.pop("replica_key", None),
+            }
         )
         defaults: dict[str, Any] = {
             "data_dir": self.root / "data",

@@ -32,7 +32,7 @@ def key(gateway: Gateway, admin: str) -> str:
 
 
 def refused(gateway: Gateway, key: str) -> openai.APIStatusError:
-    with gateway.openai(key) as client, pytest.raises(openai.APIStatusError) as caught:
+    with gateway.openai_client(key) as client, pytest.raises(openai.APIStatusError) as caught:
         client.chat.completions.create(model=BASE, messages=ASK)
     return caught.value
 
@@ -83,7 +83,7 @@ def test_a_revoked_key(gateway: Gateway, key: str) -> None:
 
     wait_until(is_refused)
     assert isinstance(refused(gateway, other["secret"]), openai.AuthenticationError)
-    with gateway.openai(key) as client:
+    with gateway.openai_client(key) as client:
         client.chat.completions.create(model=BASE, messages=ASK)
 
 
@@ -121,7 +121,7 @@ def test_a_key_for_some_models(
             json={"name": name, "source": {"path": str(workbench.adapter())}},
         ).raise_for_status()
     key = gateway.create_key("inference", models=["p*r*t*"])["secret"]
-    with gateway.openai(key) as client:
+    with gateway.openai_client(key) as client:
         names = {model.id for model in client.models.list()}
         assert {"pirate", "parrot", "pirate@1"} <= names
         assert not {"poet", "poet@1", BASE} & names
@@ -190,7 +190,7 @@ def test_a_page_s_script_is_not_anonymous(gateway: Gateway, upstream: FakeUpstre
 
 
 def test_anonymous_ends_with_the_first_key(gateway: Gateway) -> None:
-    anonymous = gateway.openai("unused")
+    anonymous = gateway.openai_client("unused")
     anonymous.chat.completions.create(model=BASE, messages=ASK)
     gateway.create_key("admin")
     with anonymous, pytest.raises(openai.AuthenticationError):

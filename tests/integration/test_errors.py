@@ -174,7 +174,7 @@ def test_body_of_exactly_the_limit(start_gateway: StartGateway, upstream: FakeUp
 
 def test_no_replica_says_when_to_come_back(start_gateway: StartGateway) -> None:
     gateway = start_gateway(refused_url(), ready=False)
-    with gateway.openai() as client, pytest.raises(openai.InternalServerError) as caught:
+    with gateway.openai_client() as client, pytest.raises(openai.InternalServerError) as caught:
         client.chat.completions.create(model=BASE, messages=ASK)
     assert caught.value.status_code == 503
     assert caught.value.code in ("no_replica_available", "upstream_unavailable")
@@ -207,7 +207,7 @@ def test_the_replica_s_own_4xx_passes_unchanged(
     assert (answer.status_code, answer.content) == (status, body)
     assert answer.headers["content-type"] == "application/json; x=y"
     assert answer.headers["x-own"] == "kept"
-    with gateway.openai() as client, pytest.raises(raised):
+    with gateway.openai_client() as client, pytest.raises(raised):
         client.chat.completions.create(model=BASE, messages=ASK)
 
 

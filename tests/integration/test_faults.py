@@ -171,7 +171,7 @@ def test_a_stream_cut_in_the_middle_never_looks_complete(
 def test_the_client_raises_when_a_stream_is_cut(gateway: Gateway, upstream: FakeUpstream) -> None:
     upstream.script(CHAT, Break(after=3))
     words: list[str] = []
-    with gateway.openai() as client:
+    with gateway.openai_client() as client:
         stream = client.chat.completions.create(model=BASE, messages=ASK, stream=True)
         with stream, pytest.raises(openai.APIError) as caught:
             words.extend(chunk.choices[0].delta.content or "" for chunk in stream)
@@ -186,7 +186,7 @@ def test_a_stream_cut_inside_an_event(gateway: Gateway, upstream: FakeUpstream) 
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
     )
     upstream.script(CHAT, Raw(head + b"%x\r\n%b\r\n" % (len(half), half)))
-    with gateway.openai() as client:
+    with gateway.openai_client() as client:
         stream = client.chat.completions.create(model=BASE, messages=ASK, stream=True)
         with stream, pytest.raises((openai.APIError, json.JSONDecodeError)):
             list(stream)
@@ -197,7 +197,7 @@ def test_a_plain_answer_cut_in_the_middle_is_an_error(
     gateway: Gateway, upstream: FakeUpstream, politely: bool
 ) -> None:
     upstream.script(CHAT, Break(after=1, politely=politely))
-    with gateway.openai() as client, pytest.raises((openai.APIError, json.JSONDecodeError)):
+    with gateway.openai_client() as client, pytest.raises((openai.APIError, json.JSONDecodeError)):
         client.chat.completions.create(model=BASE, messages=ASK)
     assert len(upstream.requests(CHAT)) == 1
 
@@ -261,7 +261,7 @@ def test_silence_inside_a_stream_has_a_deadline(
 ) -> None:
     gateway = start_gateway(upstream.url, idle_timeout_s=0.3)
     upstream.script(CHAT, Stall(after=2))
-    with gateway.openai() as client:
+    with gateway.openai_client() as client:
         stream = client.chat.completions.create(model=BASE, messages=ASK, stream=True)
         with stream, pytest.raises(openai.APIError) as caught:
             list(stream)

@@ -210,7 +210,7 @@ def test_the_client_library_does_not_repeat_a_load_that_failed(
     body = b'{"error":{"message":"bad","type":"InternalServerError","param":null,"code":500}}'
     upstream.script(LOAD, *[Status(500, body)] * 500)
     with (
-        gateway.openai(max_retries=3) as client,
+        gateway.openai_client(max_retries=3) as client,
         pytest.raises(openai.InternalServerError) as caught,
     ):
         client.completions.create(model=pirate, prompt="hi")
@@ -265,7 +265,7 @@ def test_a_version_in_use_is_not_unloaded(
     stall = Stall(after=1)
     upstream.script(COMPLETIONS, stall)
     with (
-        gateway.openai() as client,
+        gateway.openai_client() as client,
         client.completions.create(model="pirate", prompt="hi", stream=True) as stream,
     ):
         assert stall.reached.wait(5)

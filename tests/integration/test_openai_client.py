@@ -200,6 +200,6 @@ def test_models_retrieve_unknown(client: openai.OpenAI, pirate: str) -> None:
 def test_the_client_s_own_retry_gets_through(gateway: Gateway, upstream: FakeUpstream) -> None:
     """What the gateway gives up with is marked so that the client may try again."""
     upstream.script("/v1/chat/completions", *[Status(503, b"{}")] * 8)
-    with gateway.openai(max_retries=8) as client:
+    with gateway.openai_client(max_retries=8) as client:
         answer = client.chat.completions.create(model=BASE, messages=ASK)
     assert answer.choices[0].message.content == f"{BASE} heard: where is the treasure"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,8 +53,7 @@ def test_a_new_version_takes_over(gateway: Gateway, workbench: Workbench) -> Non
 def test_an_alias_moves(versions: Gateway) -> None:
     for version in (1, 3, 2):
         versions.set_alias("pirate", "prod", version=version)
-        wanted = f"pirate@{version}"
-        wait_until(lambda wanted=wanted: asked(versions, "pirate:prod") == wanted, within_s=1)
+        wait_until(partial(_answers, versions, "pirate:prod", f"pirate@{version}"), within_s=1)
     assert asked(versions, "pirate") == "pirate@3"
 
 
@@ -169,6 +169,10 @@ def test_a_replica_added_while_running_is_used(
     assert answer.status_code == 201, answer.text
     wait_until(gateway.ready)
     assert asked(gateway, BASE) == BASE
+
+
+def _answers(gateway: Gateway, model: str, wanted: str) -> bool:
+    return asked(gateway, model) == wanted
 
 
 def _healthy(gateway: Gateway) -> int:

@@ -74,7 +74,7 @@ async def test_many_streams_at_once(
         for stall in stalls:
             stall.release()
     assert [t.result() for t in tasks] == [f"{BASE} heard: number {n}" for n in range(count)]
-    await until(lambda: asyncio.to_thread(lambda: inflight(gateway) == 0))
+    await asyncio.to_thread(wait_until, lambda: inflight(gateway) == 0)
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
@@ -122,7 +122,7 @@ def test_the_client_s_own_way_to_leave(
 
 async def test_a_client_that_times_out(gateway: Gateway, upstream: FakeUpstream) -> None:
     upstream.script(CHAT, Stall())
-    async with gateway.async_openai(timeout=0.3) as client:
+    async with gateway.async_openai_client(timeout=0.3) as client:
         with pytest.raises(openai.APITimeoutError):
             await client.chat.completions.create(model=BASE, messages=ASK)
     (seen,) = upstream.requests(CHAT)
