@@ -6,6 +6,7 @@ size on the wire. One request a connection, blocking; the load itself comes from
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -109,24 +110,15 @@ def until_listening(
 
 
 def until_answering(
-    process: subprocess.Popen[bytes],
-    port: int,
-    body: bytes,
-    key: str,
-    *,
-    what: str,
-    within_s: float,
-) -> Reply:
+    process: subprocess.Popen[bytes], port: int, body: bytes, key: str, *, within_s: float
+) -> None:
     """Ask until the gateway answers 200: it has started, and found its upstream healthy."""
     deadline = time.monotonic() + within_s
     while True:
-        try:
-            reply = post(port, body, key)
-        except (OSError, http.client.HTTPException):
-            reply = None
-        if reply is not None and reply.status == 200:
-            return reply
-        alive_before(process, deadline, what)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if post(port, body, key).status == 200:
+                return
+        alive_before(process, deadline, "it")
 
 
 def alive_before(process: subprocess.Popen[bytes], deadline: float, what: str) -> None:

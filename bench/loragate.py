@@ -15,12 +15,17 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
+
+from sqlalchemy import Table, insert, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import SystemClock
 from app.control import adapters, keys, pools
 from app.control.intake import Candidate, PathSource, admit
 from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url, migrate
+from app.db.tables import AdapterRow, AliasRow, VersionRow
 from app.domain import BaseModel, Pool, Scope
 from app.settings import Settings
 from bench.client import chat_body, get, post
@@ -60,7 +65,7 @@ def seeded(name: str, scratch: Path) -> Contender:
         name,
         title,
         _launcher(home),
-        requirements=("uvicorn", "httptools", "uvloop"),
+        requirements=("loragate", "uvicorn", "httptools", "uvloop"),
         model=model,
         upstream_model=f"{model}@1",
         key=key,
@@ -89,20 +94,37 @@ async def _fill(settings: Settings, adapter: Path, count: int) -> str:
         )
         async with db.begin() as session:
             await pools.create(session, clock, name=POOL, base=base, declared=True)
-            for number in range(count):
-                await adapters.register(
-                    session,
-                    clock,
-                    name=_adapter_name(number),
-                    base_model=BASE_MODEL,
-                    digest=admitted.digest,
-                    facts=admitted.facts,
-                    source="bench",
-                )
             _, secret = await keys.create(session, clock, name="bench", scopes=[Scope.INFERENCE])
+            await adapters.register(
+                session,
+                clock,
+                name=_adapter_name(0),
+                base_model=BASE_MODEL,
+                digest=admitted.digest,
+                facts=admitted.facts,
+                source="bench",
+            )
+        async with db.begin() as session:
+            await _multiply(session, count)
     finally:
         await db.close()
     return secret
+
+
+async def _multiply(session: AsyncSession, count: int) -> None:
+    """Copy the one adapter's rows under other names: registering each would take a minute."""
+    for row in (AdapterRow, VersionRow, AliasRow):
+        table = cast(Table, row.__table__)
+        original = dict((await session.execute(select(table))).mappings().one())
+        ids = {name: value for name, value in original.items() if name in ("id", "adapter_id")}
+        copies = []
+        for number in range(1, count):
+            copy = original | {name: value + number for name, value in ids.items()}
+            if row is AdapterRow:
+                copy["name"] = _adapter_name(number)
+            copies.append(copy)
+        if copies:
+            await session.execute(insert(table), copies)
 
 
 def _adapter_name(number: int) -> str:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.client import Reply, chat_body, post, until_answering
+from bench.client import Reply, Unready, chat_body, post, until_answering
 from bench.null_upstream import CHUNKS_PER_REPLY, Upstream
 from bench.peers import Contender, Stand
 from bench.processes import Weight, free_port, running, weigh
@@ -128,11 +129,12 @@ def standing(
             log = scratch / f"{contender.name}.log"
             process = stack.enter_context(running(launch.argv, core=core, log=log, env=launch.env))
             pid = process.pid
-            until_answering(
-                *(process, port, body, contender.key),
-                what=contender.name,
-                within_s=contender.ready_within_s,
-            )
+            try:
+                within_s = contender.ready_within_s
+                until_answering(process, port, body, contender.key, within_s=within_s)
+            except Unready:
+                _show_end_of(log)
+                raise
         reply = post(port, body, contender.key)
         _inspect(reply, contender, upstream, stream)
         yield Standing(contender, pid, port, upstream, stream, body_file, reply)
@@ -169,6 +171,12 @@ def drive(here: Standing, load: Load, *, seconds: int, load_core: int) -> Tally:
         if line.startswith("TALLY "):
             return Tally(**json.loads(line.removeprefix("TALLY ")))
     raise Misbehaved(f"wrk gave no tally: {(done.stderr or done.stdout).strip()[-200:]}")
+
+
+def _show_end_of(log: Path) -> None:
+    """The last words of a gateway that did not start: for the screen, never for the results."""
+    for line in log.read_text(errors="replace").splitlines()[-15:]:
+        print(f"        | {line}", file=sys.stderr)
 
 
 def _inspect(reply: Reply, contender: Contender, upstream: Upstream, stream: bool) -> None:
