@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from typing import Any, cast
 
 import pytest
 
-from tests.servers import fake_server
+from tests.servers import fake_server, vllm_server, worker_server
 
-__all__ = ["fake_server"]
+__all__ = ["fake_server", "vllm_server", "worker_server"]
 
 RUNNER = "asyncio_runner"
 
@@ -86,6 +86,17 @@ def pytest_fixture_setup(
     value = runner.run(_start(generator))
     fixturedef.cached_result = (value, fixturedef.cache_key(cast(Any, request)), None)
     return cast(object, value)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let the tests that miss a vLLM share one line of the summary: same place, same reason."""
+    report = yield
+    if report.skipped and item.get_closest_marker("vllm") and isinstance(report.longrepr, tuple):
+        report.longrepr = ("tests/servers.py", 0, report.longrepr[2])
+    return report
 
 
 async def _start(generator: AsyncGenerator[Any]) -> Any:

@@ -1,40 +1,123 @@
 """Model servers to test against: the fake, the worker, a real vLLM; one shape for all.
 
 What comes in: pytest's request for a server. What goes out: a `ModelServer` that runs. The
-worker and vLLM are subprocesses and start once per session; tests must leave no adapter loaded.
+worker and vLLM are subprocesses and start once per session; tests leave no adapter loaded there.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from app import demo
 from tests.fakes.adapters import write_adapter
 from tests.fakes.upstream import FakeUpstream
+from tests.processes import LORAGATE, Process, free_port
+
+ROOT = Path(__file__).parent.parent
+MAX_LORA_RANK = 16
 
 
 @dataclass(frozen=True)
 class ModelServer:
-    """A server that speaks vLLM's dialect, an adapter it can load and one too large for it."""
+    """A server that speaks vLLM's dialect, an adapter it can load and one too large for it.
+
+    `process` can be killed and started again; the fake has none.
+    """
 
     url: str
     served: str
     adapter: Path
     oversized: Path
+    process: Process | None = None
+
+    def wait_healthy(self) -> None:
+        if self.process is not None:
+            self.process.wait_http(f"{self.url}/health", within_s=180)
 
 
 @pytest.fixture(scope="session")
 def fake_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
     folder = tmp_path_factory.mktemp("fake")
-    upstream = FakeUpstream("tiny", max_lora_rank=16)
+    upstream = FakeUpstream("tiny", max_lora_rank=MAX_LORA_RANK)
     yield ModelServer(
         upstream.url,
         "tiny",
         write_adapter(folder / "good"),
-        write_adapter(folder / "oversized", rank=64),
+        write_adapter(folder / "oversized", rank=2 * MAX_LORA_RANK),
     )
     upstream.close()
     assert not upstream.problems
+
+
+@pytest.fixture(scope="session")
+def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
+    """`loragate worker` with the demo model, alone."""
+    port = free_port()
+    env = {
+        "LORAGATE_WORKER_PORT": str(port),
+        "LORAGATE_WORKER_MODEL": str(demo.MODEL_DIR),
+        "LORAGATE_WORKER_SERVED_NAME": demo.BASE_NAME,
+        "LORAGATE_WORKER_MAX_LORA_RANK": str(MAX_LORA_RANK),
+        "LORAGATE_WORKER_DEVICE": "cpu",
+        "LORAGATE_WORKER_THREADS": "2",
+    }
+    yield from _serve([LORAGATE, "worker"], env, port, tmp_path_factory.mktemp("worker"))
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
+    """A real vLLM on the CPU with the demo model. Without one the test is skipped; not in CI."""
+    port = free_port()
+    options = {
+        "model": str(demo.MODEL_DIR),
+        "served-model-name": demo.BASE_NAME,
+        "host": "127.0.0.1",
+        "port": str(port),
+        "dtype": "float32",
+        "max-model-len": "1024",
+        "max-loras": "4",
+        "max-cpu-loras": "16",
+        "max-lora-rank": str(MAX_LORA_RANK),
+    }
+    command = [_vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
+    command += [part for name, value in options.items() for part in (f"--{name}", value)]
+    command += ["--enable-lora", "--enforce-eager"]
+    env = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+    yield from _serve(command, env, port, tmp_path_factory.mktemp("vllm"))
+
+
+def _serve(
+    command: list[str], env: dict[str, str], port: int, folder: Path
+) -> Iterator[ModelServer]:
+    process = Process(command, log=folder / "log", env=env)
+    server = ModelServer(
+        f"http://127.0.0.1:{port}",
+        demo.BASE_NAME,
+        next(iter(demo.ADAPTERS.values())),
+        write_adapter(folder / "oversized", rank=2 * MAX_LORA_RANK, base=demo.BASE_NAME),
+        process,
+    )
+    with process:
+        server.wait_healthy()
+        yield server
+
+
+def _vllm_python() -> str:
+    named = os.environ.get("LORAGATE_TEST_VLLM_PYTHON")
+    python = Path(named) if named else ROOT / ".venv-vllm" / "bin" / "python"
+    if python.exists():
+        return str(python)
+    missing = f"no vLLM: {python} does not exist (`make vllm` installs one)"
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(missing, pytrace=False)
+    pytest.skip(missing)
