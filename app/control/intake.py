@@ -7,14 +7,39 @@ transaction is open while bytes move.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-from app.control.inspect_adapter import AdapterFacts
-from app.db.blobs import AdapterStore
+from app.control.archives import PACKING_BYTES, unpack
+from app.control.folders import copy_adapter
+from app.control.hub import fetch_adapter
+from app.control.inspect_adapter import (
+    CONFIG,
+    MAX_CONFIG_BYTES,
+    AdapterFacts,
+    inspect,
+    is_base,
+    named_base,
+)
+from app.control.interruptible import Check, in_thread
+from app.control.strict_json import shown
+from app.db.blobs import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
 from app.domain import BaseModel, Pool
+from app.errors import AdapterRejected, BodyTooLarge, Fault, InvalidRequest
 from app.settings import Settings
+
+_CHUNK = 1 << 20
+
+
+class Source(Protocol):
+    """A place weights come from."""
+
+    async def fetch(self, folder: Path, settings: Settings) -> str:
+        """Put the adapter's two files into `folder`; the answer says where they are from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +53,13 @@ class PathSource:
     path: Path
     roots: tuple[Path, ...] | None = None
 
-    def __str__(self) -> str:
+    async def fetch(self, folder: Path, settings: Settings) -> str:
+        roots = settings.import_dirs if self.roots is None else self.roots
+        await in_thread(
+            lambda check: copy_adapter(
+                self.path, roots, folder, max_bytes=settings.max_adapter_bytes, check=check
+            )
+        )
         return f"path:{self.path}"
 
 
@@ -39,8 +70,31 @@ class ArchiveSource:
     chunks: AsyncIterator[bytes]
     media_type: str
 
-    def __str__(self) -> str:
+    async def fetch(self, folder: Path, settings: Settings) -> str:
+        archive = folder / "archive"
+        most = settings.max_adapter_bytes
+        await self._receive(archive, most)
+
+        def work(check: Check) -> None:
+            with archive.open("rb") as file:
+                unpack(file, self.media_type, folder, max_bytes=most, check=check)
+
+        await in_thread(work)
         return f"upload:{self.media_type}"
+
+    async def _receive(self, to: Path, most: int) -> None:
+        received = 0
+        waiting = bytearray()
+        with to.open("xb") as file:
+            async for chunk in self.chunks:
+                received += len(chunk)
+                if received > most + PACKING_BYTES:
+                    raise BodyTooLarge(f"The archive is over {most} bytes.")
+                waiting += chunk
+                if len(waiting) >= _CHUNK:
+                    await asyncio.to_thread(file.write, bytes(waiting))
+                    waiting.clear()
+            await asyncio.to_thread(file.write, bytes(waiting))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +104,9 @@ class HubSource:
     repo: str
     revision: str | None = None
 
-    def __str__(self) -> str:
-        return f"hub:{self.repo}" + (f"@{self.revision}" if self.revision else "")
-
-
-Source = PathSource | ArchiveSource | HubSource
+    async def fetch(self, folder: Path, settings: Settings) -> str:
+        commit = await fetch_adapter(self.repo, self.revision, folder, settings)
+        return f"hub:{self.repo}@{commit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +119,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """Weights in the store: their digest, what they are, and the base they were checked for."""
+    """Weights in the store: their digest, what they are, whence, and the base they fit."""
 
     digest: str
     facts: AdapterFacts
     base_model: str
+    source: str
 
 
 async def admit(
@@ -82,4 +135,39 @@ async def admit(
     With one candidate they are checked for that; with more, for the one their
     adapter_config.json names.
     """
-    raise NotImplementedError
+    with store.staging() as folder:
+        whence = await source.fetch(folder, settings)
+        chosen, facts = await in_thread(partial(_inspect, folder, candidates))
+        digest = await in_thread(lambda _: store.commit(folder))
+    return Admitted(digest, facts, chosen.base.name, whence)
+
+
+def _inspect(
+    folder: Path, candidates: Sequence[Candidate], check: Check
+) -> tuple[Candidate, AdapterFacts]:
+    check()
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    size = config.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        allowed = f"at most {MAX_CONFIG_BYTES} bytes"
+        raise AdapterRejected([Fault(CONFIG, f"{size} bytes", allowed)])
+    raw = config.read_bytes()
+    chosen = _choose(raw, candidates)
+    with weights.open("rb") as file:
+        facts = inspect(raw, file, weights.stat().st_size, base=chosen.base, pool=chosen.pool)
+    return chosen, facts
+
+
+def _choose(config_raw: bytes, candidates: Sequence[Candidate]) -> Candidate:
+    if len(candidates) == 1:
+        return candidates[0]
+    named = named_base(config_raw)
+    fitting = [c for c in candidates if named is not None and is_base(named, c.base)]
+    if len(fitting) != 1:
+        names = ", ".join(candidate.base.name for candidate in candidates)
+        raise InvalidRequest(
+            f"Say which base_model the weights are for: adapter_config.json names "
+            f"{shown(named)}, and there are pools for {names}.",
+            param="base_model",
+        )
+    return fitting[0]

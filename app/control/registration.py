@@ -118,7 +118,7 @@ async def _write(rooms: Rooms, request: Registration, admitted: Admitted) -> Reg
             base_model=admitted.base_model,
             digest=admitted.digest,
             facts=admitted.facts,
-            source=str(request.source),
+            source=admitted.source,
             alias=request.alias,
             metadata=request.metadata,
             create=request.create,
