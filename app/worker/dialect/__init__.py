@@ -1,0 +1,1 @@
+"""vLLM's dialect: requests in, response bodies out. No sockets and no torch in here."""

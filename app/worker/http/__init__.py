@@ -1,0 +1,1 @@
+"""The worker's routes: bytes in, one call, bytes out."""

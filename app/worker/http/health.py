@@ -1,0 +1,81 @@
+"""/health, /ping, /version and /metrics, under the names vLLM gives its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from app.clock import SystemClock
+from app.worker.http.served import Served, served
+
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def health(request: Request) -> Response:
+    """200 while the engine lives, then 503."""
+    return Response(status_code=200 if served(request).engine.alive else 503)
+
+
+async def show_version(request: Request) -> Response:
+    return JSONResponse({"version": version("loragate")})
+
+
+async def metrics(request: Request) -> Response:
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(served(request)))
+    return Response(generate_latest(registry), media_type=EXPOSITION)
+
+
+class EngineCollector(Collector):
+    """Turns the engine's counters into vLLM's families when they are asked for."""
+
+    def __init__(self, world: Served) -> None:
+        self._world = world
+
+    def collect(self) -> Iterator[Metric]:
+        counters = self._world.engine.counters
+        labels = ["engine", "model_name"]
+        here = ["0", self._world.name]
+        for name, text, value in (
+            ("num_requests_running", "Sequences in the running batch.", counters.running),
+            ("num_requests_waiting", "Sequences waiting to be read.", counters.waiting),
+            ("kv_cache_usage_perc", "Rows in use, 1 is all of them.", self._usage()),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=labels)
+            gauge.add_metric(here, value)
+            yield gauge
+        for name, text, value in (
+            ("prompt_tokens", "Prompt tokens read.", counters.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", counters.generation_tokens),
+        ):
+            total = CounterMetricFamily(f"vllm:{name}", text, labels=labels)
+            total.add_metric(here, value)
+            yield total
+        ended = CounterMetricFamily(
+            "vllm:request_success", "Sequences ended.", labels=[*labels, "finished_reason"]
+        )
+        for reason, count in counters.ended.items():
+            ended.add_metric([*here, reason], count)
+        yield ended
+        yield self._adapters()
+
+    def _usage(self) -> float:
+        return self._world.engine.counters.running / self._world.settings.worker_max_batch
+
+    def _adapters(self) -> Metric:
+        counters = self._world.engine.counters
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters with requests; the value is the time.",
+            labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
+        )
+        waiting, running = ",".join(counters.waiting_adapters), ",".join(counters.running_adapters)
+        limit = str(self._world.engine.max_loras)
+        info.add_metric([limit, waiting, running], SystemClock().now().timestamp())
+        return info

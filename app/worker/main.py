@@ -1,0 +1,123 @@
+"""The worker's server: which route leads where, how it starts and how it stops.
+
+What comes in: settings, perhaps a listening socket. What goes out: an HTTP server in vLLM's
+dialect. It must not know: the gateway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypedDict
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from app.errors import LoragateError
+from app.settings import Settings
+from app.telemetry import Event, configure_logging, log
+from app.worker.http.faults import answer
+from app.worker.http.generate import chat_completions, completions
+from app.worker.http.health import health, metrics, show_version
+from app.worker.http.models import detokenize, load_adapter, models, tokenize, unload_adapter
+from app.worker.http.served import Served
+from app.worker.samplers.engine import Engine
+from app.worker.samplers.model import load_model
+
+logger = logging.getLogger(__name__)
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+DEMO_NAME = "demo"
+KEEP_ALIVE_S = 75
+
+ROUTES = [
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/models", models, methods=["GET"]),
+    Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
+    Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+    Route("/health", health, methods=["GET"]),
+    Route("/ping", health, methods=["GET", "POST"]),
+    Route("/version", show_version, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
+]
+
+
+class State(TypedDict):
+    served: Served
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The application; the model is read when it starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[State]:
+        folder = (settings.worker_model or DEMO_MODEL).expanduser().absolute()
+        name = settings.worker_served_name or (folder.name if settings.worker_model else DEMO_NAME)
+        engine = Engine(await asyncio.to_thread(load_model, settings, folder), settings)
+        engine.start()
+        try:
+            yield {"served": Served(engine, settings, name, folder)}
+        finally:
+            await asyncio.to_thread(engine.stop)
+
+    return Starlette(
+        routes=ROUTES,
+        lifespan=lifespan,
+        exception_handlers={
+            LoragateError: answer,
+            HTTPException: _no_route,
+            Exception: answer,
+        },
+    )
+
+
+async def _no_route(request: Request, exc: Exception) -> Response:
+    """Unknown paths and methods, in the words of vLLM's framework."""
+    if not isinstance(exc, HTTPException):
+        raise exc
+    return JSONResponse({"detail": exc.detail}, exc.status_code, headers=exc.headers)
+
+
+class Server(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if not self.started:
+            return
+        ports = [one.getsockname() for server in self.servers for one in server.sockets]
+        log(logger, logging.INFO, Event.WORKER_READY, address=ports[0] if ports else None)
+
+
+def run(settings: Settings, *, fd: int | None = None) -> None:
+    """Serve until told to stop; running requests may finish within `drain_timeout_s`."""
+    configure_logging(settings.log_level, settings.log_format)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.worker_host,
+        port=settings.worker_port,
+        fd=fd,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+    )
+    Server(config).run()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Serve a base model and its adapters.")
+    parser.add_argument("--fd", type=int, help="a listening socket handed down by the parent")
+    run(Settings(), fd=parser.parse_args().fd)

@@ -1,0 +1,1 @@
+"""Engines that turn prompts into tokens. No HTTP in here."""
