@@ -6,13 +6,14 @@ request, which reads `Snapshots.current` once and keeps it. No live counters, no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from app.domain import Adapter, BaseModel, Pool, Principal, Replica
+from app.domain import Adapter, BaseModel, Pool, Principal, Replica, Route
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """Routes and keyring as of registry revision `number`.
 
@@ -28,6 +29,13 @@ class Snapshot:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     keys: Mapping[bytes, Principal] = field(default_factory=dict)
     anonymous: Principal | None = None
+    routes: dict[str, Route] = field(default_factory=dict, repr=False, compare=False)
+    """Names already resolved in this snapshot: a cache that `resolve` fills."""
+
+    @cached_property
+    def sorted_names(self) -> Sequence[str]:
+        """The adapters' names in order."""
+        return sorted(self.adapters)
 
 
 class Snapshots:

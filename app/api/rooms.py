@@ -1,0 +1,32 @@
+"""What lifespan opened, handed to whoever answers a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.clock import Clock
+from app.control.driver import Activator, Driver
+from app.db.blobs import AdapterStore
+from app.db.engine import Database
+from app.serving.fleet import Fleet
+from app.serving.meter import Meter
+from app.serving.request_path import RequestPath
+from app.serving.snapshot import Snapshots
+from app.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """The open rooms of a running gateway."""
+
+    settings: Settings
+    clock: Clock
+    db: Database
+    store: AdapterStore
+    snapshots: Snapshots
+    fleet: Fleet
+    meter: Meter
+    request_path: RequestPath
+    driver: Driver
+    publish: Activator
+    reap: Activator

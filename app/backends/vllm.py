@@ -1,0 +1,158 @@
+"""vLLM's dialect, spoken by vLLM servers and by our own worker.
+
+What comes in: finished requests and adapter names with their paths. What goes out: replies.
+The texts and statuses of adapter loading are vLLM's (`entrypoints/openai/models/serving.py`);
+unloading only makes it forget the name, and any load failure that is not the caller's is a 500.
+"""
+
+from __future__ import annotations
+
+import ssl
+from urllib.parse import urlsplit
+
+import msgspec
+
+from app.backends.base import Reply
+from app.backends.wire import Client, Limits
+from app.errors import AdapterLoadFailed, ConfigurationError, UpstreamBroke, UpstreamError
+
+_ANSWER_BYTES = 16 << 20
+
+
+class _Card(msgspec.Struct):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Card]
+
+
+class _Complaint(msgspec.Struct):
+    message: str = ""
+
+
+class _Envelope(msgspec.Struct):
+    error: _Complaint
+
+
+class VllmBackend:
+    """One replica, reached at `url`.
+
+    Args:
+        url: base URL, `http://host:port` or `https://…`, without a path.
+        api_key: sent as a bearer token, if the replica wants one.
+        limits: bounds of its connections.
+        load_s: deadline of one adapter load, in seconds.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, limits: Limits, load_s: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigurationError(f"replica URL {url!r} is not http://host:port or https://host")
+        secure = parts.scheme == "https"
+        port = parts.port or (443 if secure else 80)
+        tls = ssl.create_default_context() if secure else None
+        name = parts.netloc.rpartition("@")[2]
+
+        def client(limits: Limits) -> Client:
+            assert parts.hostname is not None
+            return Client(parts.hostname, port, name=name, limits=limits, tls=tls)
+
+        self._inference = client(limits)
+        # Loads and probes have their own connections and deadlines: a pool full of requests
+        # must not make a replica look dead, nor the other way round.
+        self._loads = client(
+            Limits(connections=8, connect_s=limits.connect_s, first_byte_s=load_s, idle_s=load_s)
+        )
+        self._probes = client(Limits(connections=2, connect_s=limits.connect_s, first_byte_s=5.0))
+        credentials = f"authorization: Bearer {api_key}\r\n" if api_key else ""
+        common = f"host: {name}\r\naccept-encoding: identity\r\n{credentials}".encode()
+        self._common = common
+        self._post_heads: dict[str, bytes] = {}
+
+    async def send(self, path: str, body: bytes, headers: bytes) -> Reply:
+        return await self._post(self._inference, path, body, headers)
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        reply = await self._ask_load(name, path)
+        if reply[0] == 400 and "already been loaded" in reply[1]:
+            # Under this name it may hold other files: those of an earlier registry, say.
+            if (await self.list_adapters()).get(name) == path:
+                return
+            await self.unload_adapter(name)
+            reply = await self._ask_load(name, path)
+        status, message = reply
+        if status == 200:
+            return
+        if status == 503:
+            raise UpstreamError(f"the replica could not load {name} now: {message}")
+        raise AdapterLoadFailed(f"the replica refused to load {name}: {message}")
+
+    async def unload_adapter(self, name: str) -> None:
+        body = msgspec.json.encode({"lora_name": name})
+        status, message = await self._text(self._loads, "/v1/unload_lora_adapter", body)
+        if status not in (200, 404):
+            raise UpstreamError(f"the replica did not unload {name}: {message}")
+
+    async def list_adapters(self) -> dict[str, str]:
+        status, data = await self._get("/v1/models")
+        if status != 200:
+            raise UpstreamError(f"the replica answered {status} to /v1/models")
+        try:
+            cards = msgspec.json.decode(data, type=_Models).data
+        except msgspec.DecodeError as exc:
+            raise UpstreamBroke(f"the replica's /v1/models is not a model list: {exc}") from exc
+        return {card.id: card.root or "" for card in cards if card.parent is not None}
+
+    async def healthy(self) -> bool:
+        try:
+            status, _ = await self._get("/health")
+        except UpstreamError:
+            return False
+        return status == 200
+
+    async def close(self) -> None:
+        for client in (self._inference, self._loads, self._probes):
+            client.close()
+
+    async def _ask_load(self, name: str, path: str) -> tuple[int, str]:
+        body = msgspec.json.encode({"lora_name": name, "lora_path": path})
+        return await self._text(self._loads, "/v1/load_lora_adapter", body)
+
+    async def _text(self, client: Client, path: str, body: bytes) -> tuple[int, str]:
+        reply = await self._post(client, path, body, b"")
+        try:
+            data = await reply.read(_ANSWER_BYTES)
+        finally:
+            reply.close()
+        return reply.status, complaint(data)
+
+    async def _post(self, client: Client, path: str, body: bytes, headers: bytes) -> Reply:
+        head = self._post_heads.get(path)
+        if head is None:
+            head = self._post_heads[path] = (
+                b"POST %b HTTP/1.1\r\n%bcontent-type: application/json\r\ncontent-length: "
+                % (path.encode(), self._common)
+            )
+        message = b"%b%d\r\n%b\r\n%b" % (head, len(body), headers, body)
+        response = await client.request(message)
+        return Reply(response.status, response.headers, response)
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        message = b"GET %b HTTP/1.1\r\n%b\r\n" % (path.encode(), self._common)
+        response = await self._probes.request(message)
+        reply = Reply(response.status, response.headers, response)
+        try:
+            return reply.status, await reply.read(_ANSWER_BYTES)
+        finally:
+            reply.close()
+
+
+def complaint(data: bytes) -> str:
+    """What an answer says went wrong: vLLM's error message, or its text."""
+    try:
+        return msgspec.json.decode(data, type=_Envelope).error.message
+    except msgspec.DecodeError:
+        return data[:500].decode(errors="replace").strip()

@@ -1,0 +1,160 @@
+"""Opens the rooms in order and closes them in reverse. Read top to bottom, this is startup."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from typing import TypedDict
+
+from fastapi import FastAPI
+
+from app.api.rooms import Rooms
+from app.backends.vllm import VllmBackend
+from app.backends.wire import Limits
+from app.clock import SystemClock
+from app.control import embedded
+from app.control.declared import sync_declared
+from app.control.driver import Driver
+from app.control.tasks.flush_usage import FlushUsage
+from app.control.tasks.publish import Publish
+from app.control.tasks.reap import Reap
+from app.control.tasks.sweep import Sweep
+from app.db.blobs import AdapterStore
+from app.db.engine import Database, database_url
+from app.domain import Replica
+from app.serving.fleet import Fleet
+from app.serving.forward import Forwarder
+from app.serving.meter import Meter
+from app.serving.request_path import RequestPath
+from app.serving.snapshot import Snapshots
+from app.settings import Settings
+from app.telemetry import Event, log
+
+logger = logging.getLogger(__name__)
+
+
+class State(TypedDict):
+    """What a request finds in its scope."""
+
+    rooms: Rooms
+
+
+def lifespan(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
+    """The lifespan of a gateway with these settings."""
+
+    @asynccontextmanager
+    async def opened(_: FastAPI) -> AsyncIterator[State]:
+        async with AsyncExitStack() as stack:
+            yield {"rooms": await _open(stack, settings)}
+            log(logger, logging.INFO, Event.GATEWAY_STOPPING)
+
+    return opened
+
+
+async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
+    clock = SystemClock()
+    db = Database(database_url(settings))
+    stack.push_async_callback(db.close)
+    await db.prepare()
+    store = AdapterStore(settings.store_path, clock)
+
+    snapshots = Snapshots()
+    meter = Meter()
+    fleet = Fleet(_connect(settings), clock=clock, store_root=store.root, store_path=store.path)
+    await stack.enter_async_context(fleet)
+
+    driver = Driver(clock)
+    publish = Publish(db, snapshots, fleet, settings)
+    flush = FlushUsage(db, meter, clock)
+    probe = driver.add("probe", fleet.probe, settings.health_period_s)
+    fleet.on_change = probe.wake
+    driver.add("flush_usage", flush.activate, settings.flush_usage_period_s)
+    driver.add("sweep", Sweep(db, store).activate, settings.reap_period_s)
+    rooms = Rooms(
+        settings=settings,
+        clock=clock,
+        db=db,
+        store=store,
+        snapshots=snapshots,
+        fleet=fleet,
+        meter=meter,
+        request_path=RequestPath(Forwarder(fleet), meter),
+        driver=driver,
+        publish=driver.add("publish", publish.activate, settings.publish_period_s),
+        reap=driver.add(
+            "reap", Reap(db, store, fleet, clock, settings).activate, settings.reap_period_s
+        ),
+    )
+
+    async with db.begin() as session:
+        await sync_declared(session, settings, clock)
+    worker = None
+    if await embedded.wanted(settings, db):
+        worker = embedded.EmbeddedWorker(settings, clock)
+        first = await embedded.declare_pool(worker, db, clock)
+    await publish.activate()
+    await fleet.probe()
+
+    stack.push_async_callback(flush.activate)  # the last counts, once nothing runs any more
+    await _keep_running(stack, driver.run(), "driver")
+    if worker is not None:
+        if first:
+            await embedded.seed(rooms)
+        await _keep_running(stack, worker.run(), "embedded worker")
+    gc.collect()
+    gc.freeze()  # what is here now stays: keep it out of every later collection
+    _announce(rooms)
+    return rooms
+
+
+def _connect(settings: Settings) -> Callable[[Replica], VllmBackend]:
+    limits = Limits(
+        connections=settings.max_connections_per_replica,
+        connect_s=settings.connect_timeout_s,
+        first_byte_s=settings.first_byte_timeout_s,
+        idle_s=settings.idle_timeout_s,
+    )
+
+    def connect(replica: Replica) -> VllmBackend:
+        return VllmBackend(
+            replica.url, api_key=replica.api_key, limits=limits, load_s=settings.load_timeout_s
+        )
+
+    return connect
+
+
+async def _keep_running(
+    stack: AsyncExitStack, job: Coroutine[object, object, None], name: str
+) -> None:
+    """Run a job until the stack closes; the stack then cancels it and sees it end."""
+    task = asyncio.get_running_loop().create_task(job, name=name)
+
+    async def end() -> None:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    stack.push_async_callback(end)
+
+
+def _announce(rooms: Rooms) -> None:
+    snapshot = rooms.snapshots.current
+    log(
+        logger,
+        logging.INFO,
+        Event.GATEWAY_STARTED,
+        adapters=len(snapshot.adapters),
+        pools=sorted(snapshot.pools),
+        replicas={replica.url: replica.state.value for replica in rooms.fleet.live()},
+    )
+    if snapshot.anonymous is not None:
+        log(
+            logger,
+            logging.WARNING,
+            Event.GATEWAY_ANONYMOUS,
+            hint="no key was created yet: anyone on this machine may do anything; "
+            "`loragate keys create` ends that",
+        )

@@ -1,0 +1,92 @@
+"""The attempt loop: pick -> claim -> load if needed -> send. Retries only what never arrived.
+
+What comes in: a request and its route. What goes out: a `Reply` that holds its claim until it
+closes. Knows nothing of the client.
+"""
+
+from __future__ import annotations
+
+from app.backends.base import BufferedBody, Reply
+from app.domain import Route
+from app.errors import NoReplicaAvailable, UpstreamRefused
+from app.serving.fleet import Fleet, LiveReplica
+from app.serving.policies import least_inflight
+from app.serving.request import InferenceRequest
+
+MAX_ATTEMPTS = 3
+_COMPLAINT_BYTES = 1 << 20
+
+
+class Forwarder:
+    """Sends a request to a replica of its route's pool.
+
+    Another replica is tried when nothing arrived at the first, or when it answered 503 (engine
+    dead, or its queue full). A replica that lost an adapter we know to be registered (404) loads
+    it again and gets the request once more.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+
+    async def forward(self, request: InferenceRequest, route: Route) -> Reply:
+        """Raises:
+        NoReplicaAvailable: no replica of the pool can take it now.
+        AdapterLoadFailed: the replica refuses the adapter's weights.
+        UpstreamTimeout: no answer in time.
+        UpstreamBroke: the replica died after the request was sent.
+        """
+        tried: list[str] = []
+        last: Reply | None = None
+        for _ in range(MAX_ATTEMPTS):
+            replica = least_inflight(self.fleet.candidates(route.pool), route.upstream_name, tried)
+            if replica is None:
+                break
+            replica.claim(route.upstream_name)  # no await between pick and claim
+            try:
+                reply = await self._send(replica, request, route)
+            except UpstreamRefused as exc:
+                replica.release(route.upstream_name)
+                self.fleet.refused_connection(replica, exc)
+                tried.append(replica.id)
+                continue
+            except BaseException:
+                replica.release(route.upstream_name)
+                raise
+            reply.replica = replica.id
+            reply.on_close(lambda replica=replica: replica.release(route.upstream_name))  # type: ignore[misc]
+            if reply.status != 503:
+                return reply
+            last, _ = await buffered(reply)
+            tried.append(replica.id)
+        if last is not None:
+            return last
+        raise NoReplicaAvailable(
+            f"No replica of the pool {route.pool!r} can take a request for "
+            f"{route.upstream_name!r} now. Try again shortly; GET /admin/replicas shows why."
+        )
+
+    async def _send(self, replica: LiveReplica, request: InferenceRequest, route: Route) -> Reply:
+        body = request.upstream_body(route.upstream_name)
+        version = route.version
+        if version is None:
+            return await replica.backend.send(request.path, body, request.headers)
+        if not self.fleet.holds(replica, version):
+            await self.fleet.load(replica, version)
+        reply = await replica.backend.send(request.path, body, request.headers)
+        if reply.status != 404:
+            return reply
+        reply, answer = await buffered(reply)
+        if b"does not exist" not in answer:
+            return reply
+        self.fleet.lost(replica, version)
+        await self.fleet.load(replica, version)
+        return await replica.backend.send(request.path, body, request.headers)
+
+
+async def buffered(reply: Reply) -> tuple[Reply, bytes]:
+    """The same answer with its body here and the original closed, and that body."""
+    try:
+        data = await reply.read(_COMPLAINT_BYTES)
+    finally:
+        reply.close()
+    return Reply(reply.status, reply.headers, BufferedBody(data)), data

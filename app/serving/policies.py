@@ -1,0 +1,25 @@
+"""Which replica takes a request. Pure functions of one signature; no await, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+from app.serving.fleet import LiveReplica
+
+
+def least_inflight(
+    replicas: Iterable[LiveReplica], upstream_name: str, tried: Container[str]
+) -> LiveReplica | None:
+    """The available replica with the fewest requests; of equals, one that holds the adapter.
+
+    Returns None if none is available that was not tried.
+    """
+    best: LiveReplica | None = None
+    best_rank = (0, False)
+    for replica in replicas:
+        if not replica.available or replica.id in tried:
+            continue
+        rank = (replica.inflight, upstream_name not in replica.resident)
+        if best is None or rank < best_rank:
+            best, best_rank = replica, rank
+    return best

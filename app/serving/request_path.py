@@ -1,0 +1,45 @@
+"""The straight line of one inference request. Nothing here touches SQL or HTTP."""
+
+from __future__ import annotations
+
+from app.backends.base import Reply
+from app.domain import Principal
+from app.serving.forward import Forwarder
+from app.serving.meter import Meter
+from app.serving.request import InferenceRequest
+from app.serving.resolve import resolve
+from app.serving.snapshot import Snapshot
+from app.serving.usage import UsageTap
+
+
+class RequestPath:
+    """resolve -> forward -> account."""
+
+    def __init__(self, forwarder: Forwarder, meter: Meter) -> None:
+        self.forwarder = forwarder
+        self.meter = meter
+
+    async def serve(
+        self, request: InferenceRequest, principal: Principal, snapshot: Snapshot
+    ) -> Reply:
+        """Send the request where its model is and return the answer, whose end is accounted.
+
+        Raises:
+            RequestError: the model is unknown or not allowed.
+            NoReplicaAvailable, AdapterLoadFailed, UpstreamError: it could not be served.
+        """
+        route = resolve(snapshot, request.model, principal)
+        tap = UsageTap(hide=not request.reports_usage)
+        reply = await self.forwarder.forward(request, route)
+
+        def account() -> None:
+            if reply.status < 300:
+                usage = tap.usage
+                self.meter.used(
+                    principal.key_id,
+                    route.upstream_name,
+                    usage.prompt_tokens,
+                    usage.completion_tokens,
+                )
+
+        return reply.through(tap).on_close(account)

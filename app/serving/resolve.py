@@ -1,0 +1,141 @@
+"""Model name -> Route, for one principal and one snapshot.
+
+What comes in: what the client wrote in `model`: a base, `name`, `name@3` or `name:alias`. What
+goes out: the pool and the name its replicas are asked for. Pure.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from app.domain import LATEST, Adapter, Alias, Principal, Route
+from app.errors import ModelNotAllowed, ModelNotFound
+from app.serving.snapshot import Snapshot
+
+_NEIGHBOURS = 200
+
+
+def resolve(snapshot: Snapshot, model: str, principal: Principal) -> Route:
+    """Find where a request for `model` goes.
+
+    Raises:
+        ModelNotFound: no base, adapter, version or alias has this name.
+        ModelNotAllowed: the principal's allow-list leaves it out.
+    """
+    route = snapshot.routes.get(model)
+    if route is None:
+        route = _find(snapshot, model)
+    if route is None:
+        raise ModelNotFound(_not_found(snapshot, model, principal))
+    if principal.models is not None and not allowed(principal, model):
+        raise ModelNotAllowed(
+            f"The key {principal.name!r} may not use the model {model!r}. "
+            "Ask an admin to add it to the key's allow-list."
+        )
+    return route
+
+
+def allowed(principal: Principal, model: str) -> bool:
+    """Whether the allow-list covers `model`; an adapter's glob covers its versions and aliases."""
+    if principal.models is None:
+        return True
+    adapter = _split(model)[0]
+    return any(fnmatchcase(model, glob) or fnmatchcase(adapter, glob) for glob in principal.models)
+
+
+def _find(snapshot: Snapshot, model: str) -> Route | None:
+    if model in snapshot.bases:
+        return _base_route(snapshot, model)
+    name, separator, which = _split(model)
+    adapter = snapshot.adapters.get(name)
+    if adapter is None:
+        return None
+    if separator == "@":
+        number = int(which) if which.isascii() and which.isdigit() and len(which) < 10 else 0
+        return _remembered(snapshot, model, adapter, number)
+    alias = adapter.aliases.get(which or LATEST)
+    if alias is None:
+        return None
+    if len(alias.targets) == 1:
+        return _remembered(snapshot, model, adapter, alias.targets[0][0])
+    return _remembered(snapshot, None, adapter, _draw(alias))
+
+
+def _base_route(snapshot: Snapshot, model: str) -> Route | None:
+    pool_name = snapshot.base_pools.get(model)
+    if pool_name is None:
+        return None
+    route = Route(model, pool_name, snapshot.pools[pool_name].served_name)
+    snapshot.routes[model] = route
+    return route
+
+
+def _remembered(
+    snapshot: Snapshot, model: str | None, adapter: Adapter, number: int
+) -> Route | None:
+    """The version's route, kept for the next request with the same name in this snapshot."""
+    version = adapter.versions.get(number)
+    if version is None:
+        return None
+    route = snapshot.routes.get(version.upstream_name)
+    if route is None:
+        route = Route(adapter.base_model, adapter.pool, version.upstream_name, version)
+        snapshot.routes[version.upstream_name] = route
+    if model is not None:
+        snapshot.routes[model] = route
+    return route
+
+
+def _split(model: str) -> tuple[str, str, str]:
+    """`name@3` -> name, @, 3; `name:alias` -> name, :, alias; `name` -> name and nothing."""
+    for separator in "@:":
+        name, found, which = model.partition(separator)
+        if found:
+            return name, found, which
+    return model, "", ""
+
+
+def _draw(alias: Alias) -> int:
+    """Pick a version with the alias's weights."""
+    numbers, weights = zip(*alias.targets, strict=True)
+    return int(random.choices(numbers, weights)[0])
+
+
+def _not_found(snapshot: Snapshot, model: str, principal: Principal) -> str:
+    shown = model if len(model) <= 200 else f"{model[:200]}…"
+    near = near_matches(snapshot, model, principal)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "GET /v1/models lists them."
+    return f"The model {shown!r} does not exist. {hint}"
+
+
+def near_matches(snapshot: Snapshot, model: str, principal: Principal) -> list[str]:
+    """Up to three names like `model` that the principal may use.
+
+    Compares with the bases and with the names that sort next to it, not with every name:
+    comparing strings 100,000 times would hold up every other request.
+    """
+    name, separator, _ = _split(model[:200])
+    adapter = snapshot.adapters.get(name)
+    if adapter is not None and separator:
+        names: Sequence[str] = [
+            candidate for candidate in names_of(adapter) if candidate.startswith(name + separator)
+        ][-_NEIGHBOURS:]
+        return [n for n in get_close_matches(model, names, 3, 0.0) if allowed(principal, n)]
+    names = snapshot.sorted_names
+    at = bisect_left(names, name)
+    candidates = [*snapshot.bases, *names[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS]]
+    matches = get_close_matches(name, candidates, 8, 0.6)
+    return [match for match in matches if allowed(principal, match)][:3]
+
+
+def names_of(adapter: Adapter) -> Iterator[str]:
+    """Every model name of an adapter: itself, its versions, its aliases."""
+    yield adapter.name
+    for number in adapter.versions:
+        yield f"{adapter.name}@{number}"
+    for alias in adapter.aliases:
+        yield f"{adapter.name}:{alias}"
