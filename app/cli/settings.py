@@ -1,0 +1,93 @@
+"""`loragate settings`: every setting, what it means and what it is now; and docs/settings.md.
+
+What comes in: the declarations in `app.settings`. What goes out: a table for a person, or the
+Markdown page, which a test compares with the one in the repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.table import Table
+
+from app.cli.terminal import stdout
+from app.settings import ClientSettings, PoolSettings, Settings
+
+_INTRO = """\
+# Settings
+
+Every setting is an environment variable. `loragate settings` shows what they are now; this page
+is `loragate settings --markdown`.
+"""
+
+_SECTIONS: tuple[tuple[type[BaseModel], str, str, str], ...] = (
+    (Settings, "LORAGATE_", "The gateway and the worker", ""),
+    (
+        PoolSettings,
+        "",
+        "A pool in `LORAGATE_POOLS`",
+        "The variable is a JSON list of objects with these fields:\n\n```sh\n"
+        'LORAGATE_POOLS=\'[{"name": "llama", "base_model": "meta-llama/Llama-3.1-8B", '
+        '"replicas": ["http://10.0.0.5:8000"]}]\'\n```\n',
+    ),
+    (ClientSettings, "LORAGATE_", "The command line as a client of a gateway", ""),
+)
+
+
+def show(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the reference page instead.")
+    ] = False,
+) -> None:
+    """Show every setting: its variable, its value now, and what it means."""
+    if markdown:
+        stdout.file.write(reference())
+        return
+    table = Table("variable", "now", "meaning", box=None)
+    for settings in (Settings(), ClientSettings()):
+        for name, field in type(settings).model_fields.items():
+            now = getattr(settings, name)
+            value = _plain(now) if now != field.default else f"[dim]{_plain(now)}[/]"
+            table.add_row(f"LORAGATE_{name.upper()}", value, field.description)
+    stdout.print(table)
+
+
+def reference() -> str:
+    """docs/settings.md, whole."""
+    return "\n".join([_INTRO, *(_section(*section) for section in _SECTIONS)])
+
+
+def _section(model: type[BaseModel], prefix: str, title: str, intro: str) -> str:
+    lines = [
+        f"## {title}\n",
+        *([intro] if intro else []),
+        "| | Default | Meaning |",
+        "|---|---|---|",
+    ]
+    lines += _rows(model, prefix)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        variable = f"{prefix}{name.upper()}" if prefix else name
+        default = "required" if field.is_required() else _default(field)
+        yield f"| `{variable}` | {default} | {field.description} |"
+
+
+def _default(field: FieldInfo) -> str:
+    plain = _plain(field.default)
+    return f"`{plain}`" if plain else ""
+
+
+def _plain(value: Any) -> str:
+    """The value as it would be written in the environment; a secret stays hidden."""
+    if value is None or value == ():
+        return ""
+    if isinstance(value, tuple):
+        return ":".join(map(str, value))
+    return str(value)

@@ -1,0 +1,143 @@
+"""/docs is a manual: every route says what it takes, what it answers and how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from app.api import errors, health, openapi
+from app.api.admin import router as admin
+from app.api.inference import PATHS
+from app.api.openai import models
+
+#: Every public route. A new one is added here on purpose, with its line in the changelog.
+ROUTES = {
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/embeddings",
+    "POST /v1/responses",
+    "POST /tokenize",
+    "POST /detokenize",
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "POST /v1/load_lora_adapter",
+    "POST /v1/unload_lora_adapter",
+    "GET /healthz",
+    "GET /readyz",
+    "GET /metrics",
+    "GET /admin/adapters",
+    "POST /admin/adapters",
+    "GET /admin/adapters/{name}",
+    "DELETE /admin/adapters/{name}",
+    "POST /admin/adapters/{name}/versions",
+    "GET /admin/adapters/{name}/versions/{number}",
+    "DELETE /admin/adapters/{name}/versions/{number}",
+    "PUT /admin/adapters/{name}/aliases/{alias}",
+    "DELETE /admin/adapters/{name}/aliases/{alias}",
+    "POST /admin/adapters/{name}/rollback",
+    "GET /admin/pools",
+    "POST /admin/pools",
+    "GET /admin/pools/{name}",
+    "PATCH /admin/pools/{name}",
+    "DELETE /admin/pools/{name}",
+    "GET /admin/pools/{name}/replicas",
+    "POST /admin/pools/{name}/replicas",
+    "GET /admin/replicas",
+    "PATCH /admin/replicas/{id}",
+    "DELETE /admin/replicas/{id}",
+    "GET /admin/keys",
+    "POST /admin/keys",
+    "DELETE /admin/keys/{id}",
+    "GET /admin/tasks",
+    "GET /admin/usage",
+}
+OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
+
+
+def made() -> dict[str, Any]:
+    app = FastAPI(version="0")
+    for router in (health.router, models.router, admin):
+        app.include_router(router)
+    errors.install(app)
+    openapi.install(app)
+    return app.openapi()
+
+
+DOCUMENT = made()
+OPERATIONS = {
+    f"{method.upper()} {path}": operation
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+}
+
+
+def test_these_and_no_other_routes_are_public() -> None:
+    assert set(OPERATIONS) == ROUTES
+    assert {route.split()[1] for route in ROUTES} >= PATHS
+
+
+@pytest.mark.parametrize("route", sorted(ROUTES))
+def test_a_route_is_explained_with_examples(route: str) -> None:
+    operation = OPERATIONS[route]
+    assert operation["summary"]
+    assert operation["description"]
+    assert operation["tags"]
+    for parameter in operation.get("parameters", ()):
+        assert parameter.get("description") or route.startswith("GET /v1/models"), parameter["name"]
+    for body in operation.get("requestBody", {}).get("content", {}).values():
+        assert exemplified(body)
+    successes = [r for status, r in operation["responses"].items() if int(status) < 400]
+    assert successes
+    for response in successes:
+        assert response["content"]
+        assert all(exemplified(body) for body in response["content"].values())
+
+
+def exemplified(body: dict[str, Any]) -> bool:
+    return "example" in body or "examples" in body or body["schema"].get("format") == "binary"
+
+
+@pytest.mark.parametrize("route", sorted(ROUTES - OPEN))
+def test_a_route_says_how_it_fails_and_what_key_it_needs(route: str) -> None:
+    operation = OPERATIONS[route]
+    assert {"401", "403"} <= set(operation["responses"])
+    assert {scheme for each in operation["security"] for scheme in each} == {
+        "HTTPBearer",
+        "APIKeyHeader",
+    }
+    for status, response in operation["responses"].items():
+        if int(status) >= 400:
+            error = response["content"]["application/json"]["example"]["error"]
+            assert error["code"]
+            assert response["description"]
+
+
+def test_every_request_field_is_described() -> None:
+    schemas = DOCUMENT["components"]["schemas"]
+    requests = {
+        "NewAdapter", "NewVersion", "FromPath", "FromHub", "NewAlias", "Rollback", "NewPool",
+        "PoolChange", "NewReplica", "ReplicaChange", "NewKey", "Load", "Unload", "Target",
+    }  # fmt: skip
+    for name in requests:
+        for field, schema in schemas[name]["properties"].items():
+            assert schema.get("description"), f"{name}.{field}"
+        assert schemas[name].get("additionalProperties") is False or name in {
+            "Load", "Unload", "Target",
+        }  # fmt: skip
+
+
+def test_every_reference_leads_somewhere() -> None:
+    text = json.dumps(DOCUMENT)
+    for name in set(re.findall(r"#/components/schemas/(\w+)", text)):
+        assert name in DOCUMENT["components"]["schemas"]
+    assert "HTTPValidationError" not in text
+
+
+def test_no_machine_path_or_secret_is_in_the_examples() -> None:
+    text = json.dumps(DOCUMENT)
+    assert "lg-7Qd1" in text
+    assert not re.search(r"lg-[\w-]{20,}|/home/|/root/", text)
