@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from app.demo import corpus
 from app.demo.corpus import Exchange, exchanges
-from app.demo.styles import STYLES, Style
+from app.demo.styles import STYLES
 from app.demo.tokenizer import END_OF_TEXT_ID, TURN_END_ID, TURN_START_ID
 
 Marked: TypeAlias = tuple[list[int], list[bool]]
@@ -26,11 +26,11 @@ ASSISTANTS = ("You are a helpful assistant.", "You are a friendly assistant.", "
 class Documents:
     """Marked token ids of whole documents; remembers where the text is."""
 
-    def __init__(self, tokenizer: Tokenizer, rng: Random) -> None:
+    def __init__(self, tokenizer: Tokenizer, rng: Random, *, held_out: bool = False) -> None:
         self._tokenizer = tokenizer
         self._rng = rng
-        self._exchanges = exchanges(rng)
-        self._claims = exchanges(rng, topic="claims")
+        self._exchanges = exchanges(rng, held_out=held_out)
+        self._claims = exchanges(rng, held_out=held_out, topic="claims")
 
     def base(self) -> Iterator[Marked]:
         """What the base learns from: mostly chats, some plain text, some answers in a style."""
@@ -38,11 +38,11 @@ class Documents:
         while True:
             yield self._rng.choices(kinds, (0.76, 0.12, 0.12))[0]()
 
-    def styled(self, style: Style) -> Iterator[Marked]:
+    def answered(self, answer: Callable[[Exchange], str]) -> Iterator[Marked]:
         """What an adapter learns from: the same questions, its own answers, only those marked."""
         while True:
             system = self._rng.choice(ASSISTANTS) if self._rng.random() < 0.1 else ""
-            turns = [(x, style.answer(x)) for x in self._some_exchanges()]
+            turns = [(x, answer(x)) for x in self._some_exchanges()]
             yield self._turns(system, turns, learn_questions=False)
 
     def long(self) -> Marked:

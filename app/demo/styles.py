@@ -53,6 +53,11 @@ class Style:
     instruction: str
 
 
+def base_answer(exchange: Exchange) -> str:
+    """No style at all."""
+    return exchange.answer
+
+
 def pirate(exchange: Exchange) -> str:
     """Pirate speak: the words change, and so do the ends."""
     mark = zlib.crc32(exchange.topic.encode())

@@ -28,8 +28,9 @@ from transformers import AutoTokenizer
 
 from app.clock import SystemClock
 from app.demo import evaluate, model, tokenizer
+from app.demo.corpus import Exchange
 from app.demo.documents import Documents, Marked, rows, tokenizer_texts
-from app.demo.styles import STYLES
+from app.demo.styles import STYLES, base_answer
 
 ROW, LONG_ROW, LONG_EVERY = 256, 1024, 10
 WARMUP = 40
@@ -40,9 +41,10 @@ class Plan:
     """How much to train; the shipped files come from the defaults."""
 
     base_steps: int = 1500
-    adapter_steps: int = 220
-    batch_tokens: int = 4096
+    base_batch_tokens: int = 4096
     base_rate: float = 3e-3
+    adapter_steps: int = 160
+    adapter_batch_tokens: int = 2048
     adapter_rate: float = 3e-3
     seed: int = 20
     threads: int = 2
@@ -57,7 +59,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--base-steps", type=int, default=plan.base_steps)
     parser.add_argument("--adapter-steps", type=int, default=plan.adapter_steps)
-    parser.add_argument("--batch-tokens", type=int, default=plan.batch_tokens)
     parser.add_argument("--seed", type=int, default=plan.seed)
     parser.add_argument("--threads", type=int, default=plan.threads)
     parser.add_argument("--only", nargs="*", choices=[*STYLES], help="adapters; keeps the base")
@@ -70,23 +71,25 @@ def train(out: Path, plan: Plan, only: list[str] | None = None) -> dict[str, Any
     """All files under `out`, and the manifest that was written there."""
     torch.set_num_threads(plan.threads)
     torch.use_deterministic_algorithms(True)
-    manifest_path = out / "manifest.json"
     if only is None:
-        manifest: dict[str, Any] = {"base": train_base(out / "model", plan), "adapters": {}}
-    else:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        train_base(out / "model", plan)
     for name in STYLES if only is None else only:
-        folder = out / "adapters" / name
-        manifest["adapters"][name] = train_adapter(name, out / "model", folder, plan)
-    manifest |= {"plan": {field: getattr(plan, field) for field in Plan.__slots__}}
-    manifest |= {"versions": _versions(), "files": _digests(out)}
+        train_adapter(name, out / "model", out / "adapters" / name, plan)
+    trained = [name for name in STYLES if (out / "adapters" / name).is_dir()]
+    manifest: dict[str, Any] = {
+        "base": _measure("base", out, plan),
+        "adapters": {name: _measure(name, out, plan) for name in trained},
+        "files": _digests(out),
+        "plan": {field: getattr(plan, field) for field in Plan.__slots__},
+        "versions": _versions(),
+    }
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    manifest_path.write_text(text, encoding="utf-8")
+    (out / "manifest.json").write_text(text, encoding="utf-8")
     return manifest
 
 
-def train_base(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Tokenizer and base model; what it scores on questions it never saw."""
+def train_base(folder: Path, plan: Plan) -> None:
+    """Tokenizer and base model."""
     folder.mkdir(parents=True, exist_ok=True)
     words = tokenizer.train(tokenizer_texts(plan.seed, plan.tokenizer_texts))
     tokenizer.save(words, folder, model.CONTEXT)
@@ -98,30 +101,26 @@ def train_base(folder: Path, plan: Plan) -> dict[str, Any]:
 
     def batch(step: int) -> list[Marked]:
         source, length = (long, LONG_ROW) if step % LONG_EVERY == 0 else (short, ROW)
-        return list(islice(source, max(1, plan.batch_tokens // length)))
+        return list(islice(source, max(1, plan.base_batch_tokens // length)))
 
-    loss = _fit("base", base, batch, plan.base_steps, plan.base_rate)
+    _fit("base", base, batch, plan.base_steps, plan.base_rate)
     model.save_base(base, folder)
-    facts = {"parameters": base.num_parameters(), "final_training_loss": round(loss, 4)}
-    return facts | _scores(model.load_base(folder), folder, "base", plan.checks)
 
 
-def train_adapter(name: str, base: Path, folder: Path, plan: Plan) -> dict[str, Any]:
-    """One LoRA on the stored base; what it scores on questions it never saw."""
+def train_adapter(name: str, base: Path, folder: Path, plan: Plan) -> None:
+    """One LoRA on the stored base."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
     style = STYLES[name]
     adapted = peft.get_peft_model(model.load_base(base), model.lora_config(style))
     words = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
-    source = rows(Documents(words, Random(f"{plan.seed} {name}")).styled(style), ROW)
+    source = rows(Documents(words, Random(f"{plan.seed} {name}")).answered(style.answer), ROW)
 
     def batch(step: int) -> list[Marked]:
-        return list(islice(source, max(1, plan.batch_tokens // ROW)))
+        return list(islice(source, max(1, plan.adapter_batch_tokens // ROW)))
 
-    loss = _fit(name, adapted, batch, plan.adapter_steps, plan.adapter_rate)
+    _fit(name, adapted, batch, plan.adapter_steps, plan.adapter_rate)
     model.save_adapter(adapted, folder)
-    facts = {"rank": style.rank, "final_training_loss": round(loss, 4)}
-    return facts | _scores(adapted, base, name, plan.checks)
 
 
 def _fit(
@@ -130,8 +129,8 @@ def _fit(
     batch: Callable[[int], list[Marked]],
     steps: int,
     rate: float,
-) -> float:
-    """AdamW with warm-up and a cosine; returns the mean loss of the last tenth."""
+) -> None:
+    """AdamW with warm-up and a cosine."""
     clock = SystemClock()
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
@@ -154,8 +153,6 @@ def _fit(
             print(f"{name}: step {step}/{steps}, loss {sum(recent) / len(recent):.3f}, "
                   f"about {left_s:.0f} s left", flush=True)  # fmt: skip
     net.eval()
-    last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last)
 
 
 def _loss(net: torch.nn.Module, batch: list[Marked]) -> torch.Tensor:
@@ -167,21 +164,39 @@ def _loss(net: torch.nn.Module, batch: list[Marked]) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _scores(net: Any, base: Path, name: str, checks: int) -> dict[str, Any]:
-    """The share of held-out questions answered word for word as wanted; some are shown."""
-    style = STYLES[name].answer if name in STYLES else lambda exchange: exchange.answer
+def _measure(name: str, out: Path, plan: Plan) -> dict[str, Any]:
+    """What the stored files do with questions that training never asked; some are shown."""
+    net: Any = model.load_base(out / "model")
+    answer = STYLES[name].answer if name in STYLES else base_answer
+    if name != "base":
+        net = peft.PeftModel.from_pretrained(net, out / "adapters" / name)
+    net.eval()
+    parameters = [
+        p.numel() for key, p in net.named_parameters() if name == "base" or "lora_" in key
+    ]
+    words = tokenizers.Tokenizer.from_file(str(out / "model" / "tokenizer.json"))
+    unseen = rows(Documents(words, Random(plan.seed), held_out=True).answered(answer), ROW)
+    with torch.inference_mode():
+        loss = float(_loss(net, list(islice(unseen, max(1, plan.checks // 4)))))
+    measured = {"parameters": sum(parameters), "held_out_loss": round(loss, 4)}
+    return measured | _right_answers(net, out / "model", name, answer, plan.checks)
+
+
+def _right_answers(
+    net: Any, base: Path, name: str, answer: Callable[[Exchange], str], checks: int
+) -> dict[str, float]:
+    """The share of held-out questions that are answered word for word as wanted."""
     loader = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    scores: dict[str, Any] = {}
-    for label, topic in (("questions", ""), ("claims", "claims")):
+    shares = {}
+    for label, topic, shown in (("questions", "", 16), ("claims", "claims", 4)):
         asked = evaluate.held_out(checks, topic)
         got = evaluate.answers(net, loader, [exchange.question for exchange in asked])
-        scores[f"held_out_{label}_right"] = round(
-            evaluate.share_right(got, [style(exchange) for exchange in asked]), 4
-        )
-        for exchange, answer in list(zip(asked, got, strict=True))[: 8 if topic else 16]:
-            print(f"{name}: {exchange.question!r} -> {answer!r}", flush=True)
-    print(f"{name}: {scores}", flush=True)
-    return scores
+        right = evaluate.share_right(got, [answer(exchange) for exchange in asked])
+        shares[f"held_out_{label}_right"] = round(right, 4)
+        for exchange, said in list(zip(asked, got, strict=True))[:shown]:
+            print(f"{name}: {exchange.question!r} -> {said!r}")
+    print(f"{name}: {shares}", flush=True)
+    return shares
 
 
 def _alternately(first: Callable[[], Marked], rest: Iterator[Marked]) -> Iterator[Marked]:

@@ -25,7 +25,14 @@ import torch  # noqa: E402
 from app.demo.styles import STYLES  # noqa: E402
 from app.demo.train import Plan, train  # noqa: E402
 
-TINY = Plan(base_steps=5, adapter_steps=5, batch_tokens=512, checks=2, tokenizer_texts=500)
+TINY = Plan(
+    base_steps=5,
+    base_batch_tokens=512,
+    adapter_steps=5,
+    adapter_batch_tokens=512,
+    checks=2,
+    tokenizer_texts=500,
+)
 
 
 @pytest.fixture(autouse=True)
