@@ -111,7 +111,7 @@ async def _answer_invalid(request: Request, exc: Exception) -> Response:
     if found[0]["type"] == "json_invalid":
         reason = found[0].get("ctx", {}).get("error", "")
         return await _answer(request, errors.InvalidJson(f"The body is not JSON: {reason}"))
-    faults = [(_field(fault["loc"]), fault["msg"]) for fault in found]
+    faults = [(_field(f["loc"]), f["msg"].removeprefix("Value error, ")) for f in found]
     # The values stay out of the message: one of them may be a secret.
     message = "; ".join(f"{field}: {msg}" if field else msg for field, msg in faults)
     body = _error(message, _CALLER, faults[0][0] or None, errors.InvalidRequest.code)

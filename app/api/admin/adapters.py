@@ -29,7 +29,6 @@ from app.api.admin.uploads import (
     archive_of,
     is_archive,
     read_json,
-    source_of,
 )
 from app.api.rooms import Rooms
 from app.control import adapters
@@ -240,7 +239,7 @@ async def _deleted(rooms: Rooms, admin: Principal, what: str) -> None:
 def _from_json(name: str, given: NewVersion, *, create: bool) -> Registration:
     return Registration(
         name,
-        source_of(given.source),
+        given.source.source(),
         base_model=given.base_model,
         alias=given.alias,
         metadata=given.metadata or {},

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from app.api.admin.shapes import Body
 from app.api.edge import BODY_LIMIT, BodyLimit
@@ -32,25 +32,40 @@ ARCHIVES = {
 _PACKING = 1 << 20
 
 
-class FromPath(Body):
-    """A folder on the gateway's machine, under one of `LORAGATE_IMPORT_DIRS`."""
+class Origin(Body):
+    """Where weights are: a folder on the gateway's machine, or a Hugging Face repository."""
 
-    path: Path = Field(description="The folder.", examples=["/adapters/support-bot"])
-
-
-class FromHub(Body):
-    """A Hugging Face repository."""
-
-    hf_repo: str = Field(description="The repo id.", examples=["acme/support-bot-lora"])
-    revision: str | None = Field(
-        None, description="A branch, tag or commit; the default branch when left out."
+    path: Path | None = Field(
+        None,
+        description="A folder on the gateway's machine, under one of LORAGATE_IMPORT_DIRS.",
+        examples=["/adapters/support-bot"],
     )
+    hf_repo: str | None = Field(
+        None, description="Or a Hugging Face repo id.", examples=["acme/support-bot-lora"]
+    )
+    revision: str | None = Field(
+        None, description="Its branch, tag or commit; the default branch when left out."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.path is None) == (self.hf_repo is None):
+            raise ValueError("give `path` or `hf_repo`")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("`revision` goes with `hf_repo`")
+        return self
+
+    def source(self) -> Source:
+        if self.hf_repo is not None:
+            return HubSource(self.hf_repo, self.revision)
+        assert self.path is not None
+        return PathSource(self.path)
 
 
 class NewVersion(Body):
     """Weights to register as the next version of an adapter."""
 
-    source: FromPath | FromHub = Field(description="Where the weights are.")
+    source: Origin = Field(description="Where the weights are.")
     base_model: str | None = Field(
         None,
         description="The base they were trained on. May be left out when there is one pool, or "
@@ -104,12 +119,6 @@ async def read_json(request: Request, model: type[B]) -> B:
     except ValidationError as exc:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in exc.errors()]
         raise RequestValidationError(faults) from exc
-
-
-def source_of(given: FromPath | FromHub) -> Source:
-    if isinstance(given, FromPath):
-        return PathSource(given.path)
-    return HubSource(given.hf_repo, given.revision)
 
 
 def archive_of(request: Request, max_bytes: int) -> ArchiveSource:

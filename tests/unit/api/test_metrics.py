@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -62,7 +63,7 @@ def test_values_and_labels() -> None:
     assert found[f"{seconds}_bucket", *sorted(["/v1/completions", "300.0"])] == 2
     assert found[f"{seconds}_bucket", *sorted(["/v1/completions", "+Inf"])] == 3
     assert found[f"{seconds}_count", "/v1/completions"] == 3
-    assert found[f"{seconds}_sum", "/v1/completions"] == 400.04
+    assert found[f"{seconds}_sum", "/v1/completions"] == pytest.approx(400.04)
     assert found["loragate_tokens_total", "bot@2", "prompt"] == 10
     assert found["loragate_tokens_total", "bot@2", "completion"] == 4
     assert found["loragate_replica_inflight", "llama", "llama-1"] == 3

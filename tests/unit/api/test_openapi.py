@@ -119,7 +119,7 @@ def test_a_route_says_how_it_fails_and_what_key_it_needs(route: str) -> None:
 def test_every_request_field_is_described() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     requests = {
-        "NewAdapter", "NewVersion", "FromPath", "FromHub", "NewAlias", "Rollback", "NewPool",
+        "NewAdapter", "NewVersion", "Origin", "NewAlias", "Rollback", "NewPool",
         "PoolChange", "NewReplica", "ReplicaChange", "NewKey", "Load", "Unload", "Target",
     }  # fmt: skip
     for name in requests:
