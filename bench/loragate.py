@@ -14,6 +14,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -33,7 +34,24 @@ from bench.measure import Misbehaved
 from bench.null_upstream import BASE_MODEL
 from bench.peers import Contender, Launch, Stand
 
-SIZES = {"loragate": 1, "loragate-10k": 10_000}
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to measure loragate. `command` is what serves it: ours, or any ASGI server's."""
+
+    title: str
+    adapters: int = 1
+    command: tuple[str, ...] = ("loragate", "serve")
+
+
+VARIANTS = {
+    "loragate": Variant("loragate"),
+    "loragate-10k": Variant("loragate, 10,000 adapters", adapters=10_000),
+    "loragate-uvicorn": Variant(
+        "loragate, under plain uvicorn",
+        command=("uvicorn", "app.main:app", "--no-access-log", "--log-level", "warning"),
+    ),
+}
 
 POOL = "bench"
 #: A base just large enough for an adapter's shapes to be checked against.
@@ -54,17 +72,16 @@ RANK = 1
 def seeded(name: str, scratch: Path) -> Contender:
     """Fill a registry and return the contender that serves it. Its oldest adapter is asked for."""
     _forget_environment()
-    count = SIZES[name]
+    variant = VARIANTS[name]
     home = scratch / name
     settings = Settings(data_dir=home, embedded="off")
     migrate(settings)
-    key = asyncio.run(_fill(settings, home / "adapter", count))
+    key = asyncio.run(_fill(settings, home / "adapter", variant.adapters))
     model = _adapter_name(0)
-    title = "loragate" if count == 1 else f"loragate, {count:,} adapters"
     return Contender(
         name,
-        title,
-        _launcher(home),
+        variant.title,
+        _launcher(home, variant.command),
         requirements=("loragate", "uvicorn", "httptools", "uvloop"),
         model=model,
         upstream_model=f"{model}@1",
@@ -167,11 +184,14 @@ def _write_adapter(folder: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(weights)
 
 
-def _launcher(home: Path) -> Callable[[Stand], Launch]:
+def _launcher(home: Path, command: tuple[str, ...]) -> Callable[[Stand], Launch]:
     def launch(stand: Stand) -> Launch:
         pool = {"name": POOL, "base_model": BASE_MODEL, "replicas": stand.upstreams}
+        program, *arguments = command
+        if program == "uvicorn":
+            arguments += ["--host", "127.0.0.1", "--port", str(stand.port)]
         return Launch(
-            [str(Path(sys.executable).with_name("loragate")), "serve"],
+            [str(Path(sys.executable).with_name(program)), *arguments],
             env={
                 "LORAGATE_HOST": "127.0.0.1",
                 "LORAGATE_PORT": str(stand.port),

@@ -170,7 +170,8 @@ def drive(here: Standing, load: Load, *, seconds: int, load_core: int) -> Tally:
     for line in done.stdout.splitlines():
         if line.startswith("TALLY "):
             return Tally(**json.loads(line.removeprefix("TALLY ")))
-    raise Misbehaved(f"wrk gave no tally: {(done.stderr or done.stdout).strip()[-200:]}")
+    print(done.stdout + done.stderr, file=sys.stderr)
+    raise Misbehaved("could not be driven: wrk gave no tally")
 
 
 def _show_end_of(log: Path) -> None:

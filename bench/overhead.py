@@ -44,7 +44,7 @@ NOT_INSTALLED = "not installed"
 NAMES = (
     DIRECT.name,
     report.REFERENCE,
-    *loragate.SIZES,
+    *loragate.VARIANTS,
     *(peer.name for peer in PEERS if peer.name != report.REFERENCE),
     FLOOR.name,
 )
@@ -207,8 +207,7 @@ def _gather(names: Sequence[str], scratch: Path) -> tuple[dict[str, Record], lis
 
 def contender_called(name: str, scratch: Path) -> Contender:
     """The contender of a name in `NAMES`; loragate's registry is filled for it."""
-    if name in loragate.SIZES:
-        print(f"filling the registry of {name}: {loragate.SIZES[name]:,} adapter(s)", flush=True)
+    if name in loragate.VARIANTS:
         return loragate.seeded(name, scratch)
     return next(each for each in (DIRECT, FLOOR, *PEERS) if each.name == name)
 

@@ -1,21 +1,24 @@
-"""Where a gateway's time goes: user and kernel CPU, waits, system calls, symbols.
+"""Where a gateway's time goes: user and kernel CPU, system calls, C and Python functions.
 
     python -m bench.profile_gateway [--stream] [--only NAME] [--seconds N]
 
 Starts one contender pinned to its core, drives it with wrk as `bench.overhead` does, and prints
-what a request (or a streamed chunk) costs in each respect. Each look is a run of its own, since
-strace slows the gateway many times and perf a little: only the first run's CPU is its true cost.
+what a request (or a streamed chunk) costs in each respect, and in which functions. Each look is a
+run of its own: looking slows the gateway, so only the first run's CPU is its true cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import loragate
@@ -26,13 +29,14 @@ from bench.measure import (
     Load,
     Misbehaved,
     Standing,
+    Tally,
     drive,
     measure,
     standing,
 )
 from bench.null_upstream import CHUNKS_PER_REPLY, replying, streaming
 from bench.overhead import NAMES, contender_called
-from bench.peers import DIRECT, install
+from bench.peers import DIRECT, Contender, Launch, Stand, install
 from bench.processes import (
     Unusable,
     choose_cores,
@@ -41,9 +45,15 @@ from bench.processes import (
     require_programs,
 )
 
+DEFAULT = "loragate"
 WARM_UP_S = 2
+#: What a gateway may do per request.
+SYSTEM_CALLS = (
+    *("read", "readv", "recvfrom", "recvmsg", "write", "writev", "sendto", "sendmsg"),
+    *("epoll_wait", "epoll_pwait", "epoll_ctl", "futex", "getpid", "accept4", "close"),
+)
 #: Lines of perf's report worth reading.
-SYMBOLS = 45
+SYMBOLS = 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +73,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench.profile_gateway", description="Show where a gateway's time goes."
     )
-    parser.add_argument("--only", choices=names, default=next(iter(loragate.SIZES)), metavar="NAME")
+    parser.add_argument("--only", choices=names, default=DEFAULT, metavar="NAME")
     parser.add_argument("--stream", action="store_true", help="streams instead of short replies")
     parser.add_argument("--connections", type=int, help="default: as in the benchmark")
     parser.add_argument("--seconds", type=int, default=5, help="of each look, default 5")
@@ -78,17 +88,44 @@ def _profile(args: argparse.Namespace, scratch: Path) -> int:
     usual = (STREAM_LOADS if args.stream else REPLY_LOADS)[0]
     load = Load(usual.name, args.connections or usual.connections, usual.stream)
     upstreams = streaming if load.stream else replying
-    with (
-        upstreams(cores.load, scratch) as upstream,
-        standing(
+    with upstreams(cores.load, scratch) as upstream:
+        with standing(
             contender, upstream, stream=load.stream, core=cores.gateway, scratch=scratch
-        ) as here,
-    ):
-        drive(here, load, seconds=WARM_UP_S, load_core=cores.load)
-        _cpu(here, load, args.seconds, cores.load)
-        _system_calls(here, load, args.seconds, cores.load)
-        _symbols(here, load, args.seconds, cores.load, scratch)
+        ) as here:
+            drive(here, load, seconds=WARM_UP_S, load_core=cores.load)
+            _cpu(here, load, args.seconds, cores.load)
+            if find_program("perf") is not None:
+                _system_calls(here, load, args.seconds, cores.load)
+                _symbols(here, load, args.seconds, cores.load, scratch)
+            else:
+                print("  apt-get install linux-perf to see system calls and symbols")
+        if args.only in loragate.VARIANTS:
+            samples = scratch / "samples.txt"
+            with standing(
+                _sampled(contender, samples),
+                upstream,
+                stream=load.stream,
+                core=cores.gateway,
+                scratch=scratch,
+            ) as here:
+                drive(here, load, seconds=WARM_UP_S, load_core=cores.load)
+                os.kill(here.pid or 0, signal.SIGUSR1)
+                drive(here, load, seconds=2 * args.seconds, load_core=cores.load)
+            print("  Python functions with the C code they call, share of CPU time")
+            print("\n".join(samples.read_text().splitlines()[:SYMBOLS]))
     return 0
+
+
+def _sampled(contender: Contender, samples: Path) -> Contender:
+    """The same gateway, writing down which of its functions are running."""
+    launch = contender.launch
+    assert launch is not None
+
+    def launch_sampled(stand: Stand) -> Launch:
+        usual = launch(stand)
+        return Launch([sys.executable, "-m", "bench.sampled", str(samples), *usual.argv], usual.env)
+
+    return dataclasses.replace(contender, launch=launch_sampled)
 
 
 def _cpu(here: Standing, load: Load, seconds: int, load_core: int) -> None:
@@ -117,47 +154,36 @@ def _switches(pid: int | None) -> tuple[int, int]:
 
 
 def _system_calls(here: Standing, load: Load, seconds: int, load_core: int) -> None:
-    """Calls per unit by name. The counts are true; the time they take under strace is not."""
-    if find_program("strace") is None:
-        print("no strace: apt-get install strace to see system calls")
-        return
-    strace = subprocess.Popen(
-        ["strace", "-c", "-f", "-q", "-U", "calls,name", "-p", str(here.pid)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        time.sleep(0.5)  # until it is attached; calls before that are few and not counted
+    """Calls per unit by name, from the kernel's trace points: strace would slow them too much."""
+    events = ",".join(f"syscalls:sys_enter_{name}" for name in SYSTEM_CALLS)
+    argv = ["perf", "stat", "-x,", "-e", f"raw_syscalls:sys_enter,{events}", "-p", str(here.pid)]
+    with _beside(argv) as perf:
         tally = drive(here, load, seconds=seconds, load_core=load_core)
-    finally:
-        strace.terminate()
-        output = strace.communicate(timeout=10)[1]
-    units = (
-        tally.bytes / here.reply.wire_bytes * CHUNKS_PER_REPLY if load.stream else tally.requests
-    )
+    units = _units(here, load, tally)
+    counts = re.findall(r"^(\d+),,(?:raw_)?syscalls:(\w+)", perf.complaint, re.M)
+    if not counts:
+        print("  system calls are not counted: trace points need root")
+        return
     print("  system calls")
-    for calls, name in re.findall(r"^\s*(\d+) (\w+)$", output, re.M):
-        if int(calls) / units >= 0.005:
-            print(f"    {name:<12}{int(calls) / units:8.3f}")
+    for count, name in counts:
+        if int(count) / units >= 0.005:
+            shown = name.removeprefix("sys_enter").removeprefix("_") or "all"
+            print(f"    {shown:<12}{int(count) / units:8.3f}")
+
+
+def _units(here: Standing, load: Load, tally: Tally) -> float:
+    """Requests, or delivered chunks, as `measure` counts them."""
+    if not load.stream:
+        return tally.requests
+    return tally.bytes / here.reply.wire_bytes * CHUNKS_PER_REPLY
 
 
 def _symbols(here: Standing, load: Load, seconds: int, load_core: int, scratch: Path) -> None:
     """Where the core was, by library and function, from perf's samples."""
-    if find_program("perf") is None:
-        print("no perf: apt-get install linux-perf to see symbols")
-        return
     data = str(scratch / "perf.data")
-    perf = subprocess.Popen(
-        ["perf", "record", "-q", "-e", "cpu-clock", "-F", "2000", "-o", data, "-p", str(here.pid)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
+    argv = ["perf", "record", "-q", "-e", "cpu-clock", "-F", "2000", "-o", data]
+    with _beside([*argv, "-p", str(here.pid)]) as perf:
         drive(here, load, seconds=seconds, load_core=load_core)
-    finally:
-        perf.terminate()
-        complaint = perf.communicate(timeout=30)[1].decode()
     for title, sort, lines in (("libraries", "dso", 12), ("functions", "dso,symbol", SYMBOLS)):
         report = subprocess.run(
             ["perf", "report", "-q", "--stdio", "--no-children", "--sort", sort, "-i", data],
@@ -166,9 +192,29 @@ def _symbols(here: Standing, load: Load, seconds: int, load_core: int, scratch: 
             check=False,
         )
         found = [line for line in report.stdout.splitlines() if "%" in line][:lines]
-        print(f"  {title}, share of CPU time" if found else f"  perf saw nothing: {complaint}")
+        print(f"  {title}, share of CPU time" if found else f"  perf saw nothing: {perf.complaint}")
         for line in found:
             print("  " + re.sub(r"[\s-]+$", "", line))
+
+
+class _Watcher:
+    """A perf that runs beside the load, and what it wrote when it was stopped."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.complaint = ""
+
+
+@contextlib.contextmanager
+def _beside(argv: Sequence[str]) -> Iterator[_Watcher]:
+    """Run perf for the length of the block."""
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    watcher = _Watcher(process)
+    try:
+        yield watcher
+    finally:
+        process.send_signal(signal.SIGINT)  # on which perf writes its summary
+        watcher.complaint = process.communicate(timeout=30)[1]
 
 
 if __name__ == "__main__":
