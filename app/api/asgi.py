@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from app.api.exchange import ClientLeft, Headers
+from app.backends.base import Reply
 from app.errors import BodyTooLarge
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -77,6 +78,10 @@ class AsgiExchange:
 
     async def write(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def relay(self, reply: Reply) -> None:
+        while data := await reply.next():
+            await self.write(data)
 
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})

@@ -25,6 +25,7 @@ from app.api.exchange import Address, ClientLeft, Headers
 from app.api.front_door import FrontDoor
 from app.api.inference import PATHS
 from app.api.rooms import Rooms
+from app.backends.base import Reply
 from app.errors import BodyTooLarge
 
 HEAD_BYTES = 64 << 10
@@ -95,7 +96,7 @@ class DirectExchange:
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         connection = self._connection
-        if self.left:
+        if connection.transport.is_closing():
             raise ClientLeft
         parts = [_STATUS_LINES.get(status) or _status_line(status), connection.default_headers()]
         for pair in headers:
@@ -108,9 +109,9 @@ class DirectExchange:
         connection.answered(self)
 
     async def start(self, status: int, headers: Headers) -> None:
-        if self.left:
-            raise ClientLeft
         connection = self._connection
+        if connection.transport.is_closing():
+            raise ClientLeft
         parts = [_STATUS_LINES.get(status) or _status_line(status), connection.default_headers()]
         for pair in headers:
             parts.append(b"%b: %b\r\n" % pair)
@@ -120,13 +121,25 @@ class DirectExchange:
         parts.append(b"\r\n" if self._may_stay() else b"connection: close\r\n\r\n")
         connection.transport.write(b"".join(parts))
 
-    async def write(self, data: bytes) -> None:
+    def push(self, data: bytes) -> asyncio.Future[None] | None:
         connection = self._connection
-        connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        if connection.writable is not None:
-            await connection.writable
+        transport = connection.transport
+        if transport.is_closing():
+            return None  # the client left, and the task is about to hear of it
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return connection.writable
+
+    async def write(self, data: bytes) -> None:
+        blocked = self.push(data)
+        if blocked is not None:
+            await blocked
+
+    async def relay(self, reply: Reply) -> None:
+        await reply.pipe(self)
 
     async def end(self) -> None:
+        if self._connection.transport.is_closing():
+            raise ClientLeft
         if self._chunked:
             self._connection.transport.write(b"0\r\n\r\n")
         self._connection.answered(self)

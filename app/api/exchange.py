@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from app.backends.base import Reply
+
 Headers = list[tuple[bytes, bytes]]
 Address = tuple[str, int | None] | None
 
@@ -43,6 +45,9 @@ class Exchange(Protocol):
 
     async def write(self, data: bytes) -> None:
         """Send a piece; waits while the client is slow to take what it was sent."""
+
+    async def relay(self, reply: Reply) -> None:
+        """Send every piece of a reply as it comes. Raises what the reply raises."""
 
     async def end(self) -> None:
         """The response is whole."""

@@ -59,7 +59,9 @@ class Inference:
             await self._serve(exchange, rooms, answer)
         except LoragateError as exc:
             await answer.fail(exc)
-        except (ClientLeft, CancelledError):
+        except ClientLeft:
+            answer.status = CLIENT_LEFT
+        except CancelledError:
             answer.status = CLIENT_LEFT
             if not exchange.left:
                 raise
@@ -140,8 +142,7 @@ class _Answer:
             return
         await exchange.start(reply.status, headers)
         try:
-            while data := await reply.next():
-                await exchange.write(data)
+            await exchange.relay(reply)
         except LoragateError as exc:
             self.error = exc
             if not _is_event_stream(headers):

@@ -19,6 +19,7 @@ from typing import cast
 
 import httptools
 
+from app.backends.base import Sink
 from app.errors import UpstreamBroke, UpstreamError, UpstreamRefused, UpstreamTimeout
 
 TICK_S = 0.1
@@ -51,6 +52,8 @@ class Response:
         "_chunks",
         "_connection",
         "_error",
+        "_loop",
+        "_sink",
         "_size",
         "_waiter",
         "complete",
@@ -63,10 +66,12 @@ class Response:
         self.headers: list[tuple[bytes, bytes]] = []
         self.complete = False
         self._connection: Connection | None = connection
+        self._loop = connection.client.loop
         self._chunks: list[bytes] = []
         self._size = 0
         self._error: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
 
     async def next(self) -> bytes:
         """All bytes that have arrived since the last call; empty at the end."""
@@ -75,12 +80,37 @@ class Response:
                 return b""
             if self._error is not None:
                 raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
         return self.take()
+
+    async def pipe(self, sink: Sink) -> None:
+        """Push bytes into `sink` from the moment they arrive, until the end."""
+        if self._chunks and (blocked := sink.push(self.take())) is not None:
+            await blocked
+        self._sink = sink
+        while self._chunks or not self.complete:
+            if self._error is not None:
+                raise self._error
+            if self._chunks:  # they came while the sink was blocked
+                self._pushed(self.take())
+                continue
+            self._waiter = self._loop.create_future()
+            await self._waiter
+
+    def _pushed(self, data: bytes) -> None:
+        assert self._sink is not None
+        blocked = self._sink.push(data)
+        if blocked is not None and self._connection is not None:
+            self._connection.pause()
+            blocked.add_done_callback(self._unblocked)
+
+    def _unblocked(self, _: asyncio.Future[None]) -> None:
+        if self._connection is not None:
+            self._connection.resume()
 
     def take(self) -> bytes:
         """What has arrived since the last call, without waiting."""
@@ -88,7 +118,7 @@ class Response:
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
         self._size = 0
-        if self._connection is not None:
+        if self._connection is not None and self._sink is None:
             self._connection.resume()
         return data
 
@@ -129,7 +159,7 @@ class Connection(asyncio.Protocol):
 
     def exchange(self, message: bytes) -> tuple[asyncio.Future[Response], Response]:
         """Send a request; the future is done once the response has a head, or cannot have one."""
-        head = self._head = asyncio.get_running_loop().create_future()
+        head = self._head = self.client.loop.create_future()
         response = self._response = Response(self)
         self._head_bytes = 0
         self._in_body = False
@@ -157,6 +187,12 @@ class Connection(asyncio.Protocol):
         self._fail(
             UpstreamTimeout(f"replica {self.client.name} did not {waited_for} its answer in time")
         )
+
+    def pause(self) -> None:
+        """The reader is slower than the server."""
+        if not self._paused:
+            self._paused = True
+            self.transport.pause_reading()
 
     def resume(self) -> None:
         """The reader took what was read ahead."""
@@ -192,15 +228,16 @@ class Connection(asyncio.Protocol):
 
     def _body_received(self, response: Response) -> None:
         self.deadline = self.client.tick + self.client.idle_ticks
-        head = self._head
-        if head is None:
-            if response._waiter is not None and response._chunks:
+        if self._head is not None:
+            if self._length is None or self._length > WHOLE_BYTES:
+                self._hand_over(response)
+        elif response._chunks:
+            if response._sink is not None:
+                response._pushed(response.take())
+            else:
                 response._wake()
-        elif self._length is None or self._length > WHOLE_BYTES:
-            self._hand_over(response)
-        if response._size > self.client.limits.read_ahead_bytes and not self._paused:
-            self._paused = True
-            self.transport.pause_reading()
+        if response._size > self.client.limits.read_ahead_bytes:
+            self.pause()
 
     def eof_received(self) -> bool:
         return False
@@ -297,6 +334,7 @@ class Client:
     ) -> None:
         self.name = name
         self.limits = limits
+        self.loop = asyncio.get_running_loop()
         self.tick = 0
         self.first_byte_ticks = ceil(limits.first_byte_s / TICK_S) + 1
         self.idle_ticks = ceil(limits.idle_s / TICK_S) + 1
@@ -346,7 +384,7 @@ class Client:
 
     async def _open(self) -> Connection:
         while len(self._busy) + len(self._idle) + self._connecting >= self.limits.connections:
-            waiter = asyncio.get_running_loop().create_future()
+            waiter = self.loop.create_future()
             self._waiting.append(waiter)
             try:
                 await waiter
@@ -365,10 +403,9 @@ class Client:
             self._connecting -= 1
 
     async def _connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.limits.connect_s):
-                _, connection = await loop.create_connection(
+                _, connection = await self.loop.create_connection(
                     lambda: Connection(self), self._host, self._port, ssl=self._tls
                 )
         except TimeoutError as exc:
@@ -380,7 +417,7 @@ class Client:
                 f"replica {self.name} cannot be reached: {exc.strerror or exc}"
             ) from exc
         if self._timer is None and not self._closed:
-            self._timer = loop.call_later(TICK_S, self._ticked)
+            self._timer = self.loop.call_later(TICK_S, self._ticked)
         return connection
 
     def finished(self, connection: Connection, *, reusable: bool) -> None:
@@ -417,7 +454,7 @@ class Client:
             self._idle.remove(connection)
             connection.transport.close()
         if self._busy or self._idle or self._connecting:
-            self._timer = asyncio.get_running_loop().call_later(TICK_S, self._ticked)
+            self._timer = self.loop.call_later(TICK_S, self._ticked)
         else:
             self._timer = None
 

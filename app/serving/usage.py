@@ -40,12 +40,15 @@ class UsageTap:
         self._found = b""
 
     def feed(self, data: bytes) -> bytes:
+        if data.endswith(_EVENT_ENDS) and _KEY not in data and not self._carry and not self._held:
+            return data  # whole events without usage: nearly all of a stream
         if self._hide:
             data = self._whole_events(data)
-        if _KEY in data or self._carry:
-            self._look(data)
-        elif not data.endswith(_EVENT_ENDS):
-            self._carry = data[-len(_KEY) :]
+        if _KEY not in data and not self._carry:
+            if not data.endswith(_EVENT_ENDS):
+                self._carry = data[-len(_KEY) :]
+            return data
+        self._look(data)
         if self._hide and _NO_CHOICES.search(data):
             return self._without_usage_event(data)
         return data
