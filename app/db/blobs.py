@@ -113,7 +113,7 @@ class AdapterStore:
 
     def sweep_staging(self, older_than_s: float) -> int:
         """Remove what crashed writers left in staging; returns how many folders."""
-        stale = [entry for entry in _entries(self._tmp) if self._aged(entry, older_than_s)]
+        stale = [entry for entry in _entries(self._tmp) if self._idle(entry, older_than_s)]
         for entry in stale:
             shutil.rmtree(entry, ignore_errors=True)
         return len(stale)
@@ -131,10 +131,17 @@ class AdapterStore:
         os.utime(folder, (now, now))
 
     def _aged(self, folder: Path, older_than_s: float) -> bool:
-        """Whether nothing in the folder changed for that long. A missing one has no age."""
+        """Whether the folder was last stamped that long ago. A missing one has no age."""
         try:
-            changed = max(p.stat().st_mtime for p in (folder, *folder.iterdir()))
-        except (FileNotFoundError, NotADirectoryError):
+            return self._clock.now().timestamp() - folder.stat().st_mtime >= older_than_s
+        except FileNotFoundError:
+            return False
+
+    def _idle(self, folder: Path, older_than_s: float) -> bool:
+        """Whether nothing in the folder changed for that long."""
+        try:
+            changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except FileNotFoundError:
             return False
         return self._clock.now().timestamp() - changed >= older_than_s
 
