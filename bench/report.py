@@ -90,7 +90,7 @@ class Target:
         if not ours or not theirs:
             return None
         ratio = ours / theirs
-        return ratio, self.at_least <= round(ratio, 2) <= self.at_most
+        return ratio, self.at_least <= ratio <= self.at_most
 
 
 CPU_REPLY = ("reply_16", "cpu_us")
@@ -192,7 +192,7 @@ def targets(by_name: Mapping[str, Record]) -> str:
             lines.append(f"| {target.what} | {bound} | - | not measured |")
             continue
         ratio, kept = judged
-        lines.append(f"| {target.what} | {bound} | {ratio:.2f} | {'kept' if kept else 'missed'} |")
+        lines.append(f"| {target.what} | {bound} | {ratio:.3f} | {'kept' if kept else 'missed'} |")
     return "\n".join(lines) + "\n"
 
 
