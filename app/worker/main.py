@@ -9,7 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -117,7 +121,23 @@ def run(settings: Settings, *, fd: int | None = None) -> None:
     Server(config).run()
 
 
+def _stop_with_parent() -> None:
+    """Stop once standard input closes: the parent holds its other end for as long as it lives."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Serve a base model and its adapters.")
     parser.add_argument("--fd", type=int, help="a listening socket handed down by the parent")
-    run(Settings(), fd=parser.parse_args().fd)
+    parser.add_argument(
+        "--exit-with-stdin", action="store_true", help="stop when standard input closes"
+    )
+    arguments = parser.parse_args()
+    if arguments.exit_with_stdin:
+        _stop_with_parent()
+    run(Settings(), fd=arguments.fd)
