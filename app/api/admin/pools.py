@@ -129,10 +129,14 @@ async def show(name: Name, rooms: InRooms, admin: Admin) -> Pool:
 
 @router.patch("/{name}", summary="Change a pool", response_model=Pool, responses=refusals(404, 422))
 async def change(name: Name, body: PoolChange, rooms: InRooms, admin: Admin) -> Pool:
-    """Change what a pool accepts. Its base model stays: add another pool for another base."""
-    changes = body.model_dump(exclude_unset=True)
-    config = changes.pop("base_model_config", None)
-    aliases = changes.pop("base_model_aliases", None)
+    """Change what a pool accepts. Its base model stays: add another pool for another base.
+
+    A null changes nothing, but for `store_mount`, which it ends.
+    """
+    given = body.model_dump(exclude_unset=True)
+    config = given.pop("base_model_config", None)
+    aliases = given.pop("base_model_aliases", None)
+    changes = {k: v for k, v in given.items() if v is not None or k == "store_mount"}
     async with rooms.db.begin() as session:
         base = (await pools.show(session, name)).base
         if config is not None or aliases is not None:
