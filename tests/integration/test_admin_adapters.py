@@ -277,7 +277,7 @@ def test_versions_aliases_and_rollback(gateway: Gateway, workbench: Workbench) -
     assert "pirate:prod" in models(gateway)
     back = client.post(f"{url}/rollback", json={"alias": "prod"})
     assert back.json()["aliases"]["prod"] == [{"version": 1, "weight": 1}]
-    latest = client.post(f"{url}/rollback", json={})
+    latest = client.post(f"{url}/rollback")
     assert latest.json()["latest"] == 2
 
     pointed = client.delete(f"{url}/versions/1")

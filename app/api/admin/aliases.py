@@ -96,11 +96,14 @@ async def delete_alias(name: Name, alias: AliasName, rooms: InRooms, admin: Admi
     response_model=Adapter,
     responses=refusals(404, 409, 422),
 )
-async def rollback(name: Name, body: Rollback, rooms: InRooms, admin: Admin) -> Adapter:
-    """Undo an alias's newest move. Rolling back again goes further back."""
+async def rollback(
+    name: Name, rooms: InRooms, admin: Admin, body: Rollback | None = None
+) -> Adapter:
+    """Undo an alias's newest move; of `latest` without a body. Again goes further back."""
+    alias = (body or Rollback()).alias
     async with rooms.db.begin() as session:
-        view = await adapters.rollback(session, adapter=name, alias=body.alias)
-    return await _moved(rooms, admin, body.alias, view)
+        view = await adapters.rollback(session, adapter=name, alias=alias)
+    return await _moved(rooms, admin, alias, view)
 
 
 async def _moved(rooms: Rooms, admin: Principal, alias: str, view: AdapterView) -> Adapter:
