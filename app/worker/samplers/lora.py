@@ -12,9 +12,9 @@ into `Lanes`, and the layers follow them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftConfig
 from peft.functional import delete_adapter, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from app.errors import AdapterLoadFailed, NotFound
@@ -50,24 +50,32 @@ class Lane:
     rows: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What one adapter adds to one layer, applied as `up(down(x)) * scaling`."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+    scaling: float
+
+
 class LoraLayers:
     """The adapters inside one model, by slot."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._lanes: tuple[Lane, ...] = ()
-        self._mixed: set[nn.Module] = set()
+        self.lanes: tuple[Lane, ...] = ()
+        self._mixed: dict[LoraLayer, Mixed] = {}
 
     def use(self, slots: Sequence[str | None]) -> None:
         """From now on row i of a batch has adapter `slots[i]`; None is the bare base."""
-        self._lanes = lanes(slots, self._device())
+        self.lanes = lanes(slots, next(self.model.parameters()).device)
 
     def load(self, slot: str, files: AdapterFiles) -> None:
         """Place an adapter's weights; all of them or none."""
         try:
-            with warnings.catch_warnings():
-                # PEFT warns that there is more than one adapter, which is the point.
-                warnings.simplefilter("ignore")
+            with _peft_at_ease():
                 self._inject(slot, files)
         except Exception as exc:
             self.unload(slot)
@@ -76,13 +84,16 @@ class LoraLayers:
             raise AdapterLoadFailed(f"Loading lora from {files.path} failed: {exc}") from exc
 
     def unload(self, slot: str) -> None:
+        """Free a slot; one that is not there is fine."""
+        for mixed in self._mixed.values():
+            mixed.weights.pop(slot, None)
         if slot in getattr(self.model, "peft_config", {}):
-            delete_adapter(self.model, slot, prefix="lora_")
-            del self.model.peft_config[slot]
+            with _peft_at_ease():
+                delete_adapter(self.model, slot, prefix="lora_")
+            self.model.peft_config.pop(slot, None)
 
     def _inject(self, slot: str, files: AdapterFiles) -> None:
         inject_adapter_in_model(files.config, self.model, slot, low_cpu_mem_usage=True)
-        self._mix_layers()
         dtype = next(self.model.parameters()).dtype
         weights = {name: tensor.to(dtype) for name, tensor in files.weights.items()}
         result: Any = set_peft_model_state_dict(self.model, weights, slot, low_cpu_mem_usage=True)
@@ -92,43 +103,84 @@ class LoraLayers:
                 f"The tensors in {files.path} do not fit the base: "
                 f"missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}."
             )
-
-    def _mix_layers(self) -> None:
-        """Let every layer PEFT made follow the lanes."""
         for module in self.model.modules():
-            if not isinstance(module, LoraLayer) or module in self._mixed:
-                continue
-            forward = _FORWARDS.get(type(module))
-            if forward is None:
-                raise AdapterLoadFailed(f"Adapters on {type(module).__name__} are not supported.")
-            module.forward = partial(forward, self, module)
-            self._mixed.add(module)
+            if isinstance(module, LoraLayer) and slot in module.scaling:
+                self._mix(module, slot)
 
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def _mix(self, layer: LoraLayer, slot: str) -> None:
+        """Let a layer PEFT made follow the lanes."""
+        kind = _KINDS.get(type(layer))
+        if kind is None:
+            raise AdapterLoadFailed(f"Adapters on {type(layer).__name__} are not supported.")
+        if layer not in self._mixed:
+            mixed = self._mixed[layer] = kind(self, layer)
+            # On the instance: PEFT's own forward, which wants `adapter_names`, stays unused.
+            setattr(layer, "forward", mixed)  # noqa: B010
+        self._mixed[layer].take(slot)
 
-    def linear(self, layer: Linear, inputs: Tensor) -> Tensor:
-        output: Tensor = layer.base_layer(inputs)
-        for lane in self._lanes:
-            if lane.slot not in layer.lora_A:
+
+class Mixed:
+    """A layer's forward: the base for all rows, then each lane's addition to its own."""
+
+    def __init__(self, layers: LoraLayers, layer: Any) -> None:
+        self.layers = layers
+        self.layer = layer
+        self.base = layer.base_layer
+        self.weights: dict[str, Weights] = {}
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.base(inputs)
+        for lane in self.layers.lanes:
+            weights = self.weights.get(lane.slot)
+            if weights is None:
                 continue
-            down, up = layer.lora_A[lane.slot], layer.lora_B[lane.slot]
-            rows = inputs if lane.rows is None else inputs.index_select(0, lane.rows)
-            _add(output, lane, up(down(rows)), layer.scaling[lane.slot])
+            if lane.rows is None:
+                output.add_(self.added(inputs, weights), alpha=weights.scaling)
+                continue
+            rows = inputs.index_select(0, lane.rows)
+            output.index_add_(0, lane.rows, self.added(rows, weights), alpha=weights.scaling)
         return output
 
-    def embedding(self, layer: Embedding, inputs: Tensor) -> Tensor:
-        output: Tensor = layer.base_layer(inputs)
-        for lane in self._lanes:
-            if lane.slot not in layer.lora_embedding_A:
-                continue
-            down = layer.lora_embedding_A[lane.slot].T
-            up = layer.lora_embedding_B[lane.slot].T
-            rows = inputs if lane.rows is None else inputs.index_select(0, lane.rows)
-            added = functional.embedding(rows, down) @ up
-            scale = layer._get_embed_scale()  # type: ignore[no-untyped-call]
-            _add(output, lane, added if scale is None else added * scale, layer.scaling[lane.slot])
-        return output
+    def take(self, slot: str) -> None:
+        """Keep hold of the weights PEFT placed in a slot."""
+        raise NotImplementedError
+
+    def added(self, rows: Tensor, weights: Weights) -> Tensor:
+        """What an adapter adds, before scaling."""
+        raise NotImplementedError
+
+
+class MixedLinear(Mixed):
+    """Projections, the head among them."""
+
+    def take(self, slot: str) -> None:
+        up = self.layer.lora_B[slot]
+        down = self.layer.lora_A[slot].weight
+        self.weights[slot] = Weights(down, up.weight, up.bias, self.layer.scaling[slot])
+
+    def added(self, rows: Tensor, weights: Weights) -> Tensor:
+        return functional.linear(functional.linear(rows, weights.down), weights.up, weights.bias)
+
+
+class MixedEmbedding(Mixed):
+    """The token embedding; some models scale what comes out of it."""
+
+    def take(self, slot: str) -> None:
+        down, up = self.layer.lora_embedding_A[slot], self.layer.lora_embedding_B[slot]
+        scale = self.layer._get_embed_scale()
+        scaling = self.layer.scaling[slot] * (1.0 if scale is None else float(scale))
+        self.weights[slot] = Weights(down.T.contiguous(), up, None, scaling)
+
+    def added(self, rows: Tensor, weights: Weights) -> Tensor:
+        return functional.linear(functional.embedding(rows, weights.down), weights.up)
+
+
+@contextmanager
+def _peft_at_ease() -> Iterator[None]:
+    """PEFT warns that there is more than one adapter, and which is active: here, all and none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def lanes(slots: Sequence[str | None], device: torch.device) -> tuple[Lane, ...]:
@@ -149,8 +201,7 @@ def read_adapter(path: str, *, max_rank: int) -> AdapterFiles:
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise NotFound(f"No adapter found for {path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _peft_at_ease():
             config = PeftConfig.from_pretrained(str(folder))
             weights = load_file(folder / WEIGHTS)
     except Exception as exc:
@@ -184,11 +235,4 @@ def _refuse_unsupported(config: LoraConfig, max_rank: int) -> None:
         raise AdapterLoadFailed(f"The adapter uses {', '.join(found)}, which is not supported.")
 
 
-def _add(output: Tensor, lane: Lane, added: Tensor, scaling: float) -> None:
-    if lane.rows is None:
-        output.add_(added, alpha=scaling)
-    else:
-        output.index_add_(0, lane.rows, added.to(output.dtype), alpha=scaling)
-
-
-_FORWARDS: dict[type, Any] = {Linear: LoraLayers.linear, Embedding: LoraLayers.embedding}
+_KINDS: dict[type, type[Mixed]] = {Linear: MixedLinear, Embedding: MixedEmbedding}

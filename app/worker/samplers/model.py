@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from app.errors import ConfigurationError
 from app.settings import Settings
@@ -113,6 +114,8 @@ def load_model(settings: Settings, folder: Path) -> CausalModel:
         dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     else:
         dtype = _DTYPES[settings.worker_dtype]
+    # A bar would be torn lines in a log of JSON.
+    disable_progress_bar()
     tokens = Tokens(AutoTokenizer.from_pretrained(folder))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.requires_grad_(False).eval()
