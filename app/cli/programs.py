@@ -37,6 +37,9 @@ def serve(
         Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None, typer.Option(help="Lowest level.")
     ] = None,
     log_format: Annotated[Literal["json", "text"] | None, typer.Option(help="Log lines.")] = None,
+    hello: Annotated[
+        bool, typer.Option("--hello", help="Say how to ask it, once a model can answer.")
+    ] = False,
 ) -> None:
     """Run the gateway. Options override LORAGATE_* variables; see `loragate settings`."""
     settings = _settings(
@@ -52,6 +55,10 @@ def serve(
         asyncio.run(_refuse_without_keys(settings))
     from app.main import serve as run
 
+    if hello:
+        from app.cli.hello import greet_when_ready
+
+        greet_when_ready(settings.host, settings.port)
     run(settings)
 
 

