@@ -73,7 +73,12 @@ class FakeEngine:
         if model != self.served and model not in self.adapters:
             raise dialect.unknown_model(model, self.served)
         rid = request.header("x-request-id") or f"{next(self._ids):016x}"
-        return say(model, payload, rid)
+        try:
+            return say(model, payload, rid)
+        except KeyError as exc:
+            field = f"body.{exc.args[0]}"
+            message = f"1 validation error:\n  Field required: {field}"
+            raise Refusal(400, message, "Bad Request", field) from exc
 
     async def _load(self, payload: dict[str, Any]) -> tuple[int, bytes]:
         name, path = payload["lora_name"], payload["lora_path"]

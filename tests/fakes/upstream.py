@@ -174,6 +174,9 @@ class FakeUpstream:
             keep = bool(handler.result())
             request.finished = True
             return keep
+        except ConnectionError:
+            request.cancelled = True
+            return False
         finally:
             for task in (handler, gone):
                 task.cancel()

@@ -40,8 +40,11 @@ def upstream(start_upstream: StartUpstream) -> FakeUpstream:
 
 
 @pytest.fixture
-def start_gateway(workbench: Workbench) -> Iterator[StartGateway]:
-    """Start gateways: `start_gateway(*replica_urls, **settings)`; `ready=False` does not wait."""
+def start_gateway(workbench: Workbench, start_upstream: StartUpstream) -> Iterator[StartGateway]:
+    """Start gateways: `start_gateway(*replica_urls, **settings)`; `ready=False` does not wait.
+
+    They end before the replicas do.
+    """
     started: list[Gateway] = []
 
     def start(*replicas: str, ready: bool = True, **overrides: Any) -> Gateway:

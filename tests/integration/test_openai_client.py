@@ -73,7 +73,7 @@ async def test_completion_stream_async(async_client: openai.AsyncOpenAI, pirate:
 
 def test_prompt_as_a_list_of_strings(client: openai.OpenAI, pirate: str) -> None:
     answer = client.completions.create(model=pirate, prompt=["one", "two", "three"])
-    assert [choice.text[-5:].strip() for choice in answer.choices] == ["one", "two", "three"]
+    assert [choice.text.split()[-1] for choice in answer.choices] == ["one", "two", "three"]
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
 
 
@@ -199,7 +199,7 @@ def test_models_retrieve_unknown(client: openai.OpenAI, pirate: str) -> None:
 
 def test_the_client_s_own_retry_gets_through(gateway: Gateway, upstream: FakeUpstream) -> None:
     """What the gateway gives up with is marked so that the client may try again."""
-    upstream.script("/v1/chat/completions", *[Status(503, b"{}")] * 8)
-    with gateway.openai_client(max_retries=8) as client:
+    upstream.script("/v1/chat/completions", Status(503, b"{}"))
+    with gateway.openai_client(max_retries=2) as client:
         answer = client.chat.completions.create(model=BASE, messages=ASK)
     assert answer.choices[0].message.content == f"{BASE} heard: where is the treasure"
