@@ -6,11 +6,11 @@ standard output, once a model is there to answer them.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 
 import httpx
+import typer
 
 from app import demo
 
@@ -58,14 +58,14 @@ def greeting(url: str) -> str:
 
 
 def _greet(url: str) -> None:
-    print("loragate: loading the demo model; the first start takes a minute", file=sys.stderr)
+    typer.echo("loragate: loading the demo model; the first start takes a minute", err=True)
     until = time.monotonic() + _PATIENCE_S
     while time.monotonic() < until:
         if _ready(url):
-            print(greeting(url), flush=True)
+            typer.echo(greeting(url))
             return
         time.sleep(_PERIOD_S)
-    print(f"loragate: no model became ready in {_PATIENCE_S:.0f} s; see the log", file=sys.stderr)
+    typer.echo(f"loragate: no model became ready in {_PATIENCE_S:.0f} s; see the log", err=True)
 
 
 def _ready(url: str) -> bool:
