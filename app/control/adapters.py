@@ -8,7 +8,7 @@ and stored before (`intake`), and whoever opened the transaction wakes `publish`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import delete as sql_delete
@@ -17,12 +17,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
+from app.control import adapter_rows as rows
+from app.control.aliases import check_alias, delete_alias, move, rollback, set_alias
 from app.control.inspect_adapter import AdapterFacts
 from app.control.views import (
     AdapterView,
     Page,
     Registered,
-    Targets,
     VersionView,
     adapter_views,
     as_targets,
@@ -30,12 +31,27 @@ from app.control.views import (
 )
 from app.db.engine import touch
 from app.db.tables import AdapterRow, AliasMoveRow, AliasRow, BaseModelRow, PoolRow, VersionRow
-from app.domain import ADAPTER_NAME, ADAPTER_NAME_MAX, ALIAS_NAME, ALIAS_NAME_MAX, LATEST
+from app.domain import ADAPTER_NAME, ADAPTER_NAME_MAX, LATEST
 from app.errors import Conflict, InvalidRequest, NotFound
 
+__all__ = [
+    "base_of",
+    "check_alias",
+    "check_existence",
+    "check_metadata",
+    "check_name",
+    "delete",
+    "delete_alias",
+    "delete_version",
+    "list_",
+    "register",
+    "rollback",
+    "set_alias",
+    "show",
+    "show_version",
+]
+
 MAX_PAGE = 1000
-MAX_TARGETS = 100
-MAX_WEIGHT = 1_000_000
 MAX_METADATA_BYTES = 16 << 10
 
 
@@ -62,22 +78,25 @@ async def register(
     check_name(name)
     check_metadata(metadata)
     pool = await _pool_of(session, base_model)
-    row = await _find(session, name, lock=True)
+    row = await rows.find(session, name, lock=True)
     check_existence(name, row is not None, create)
     made = row is None
     if row is None:
         row = await _make(session, clock, name, base_model, pool, metadata or {})
-    elif row.base_model != base_model:
+    if row is None:  # someone else made it at the same moment
+        made, row = False, await rows.get(session, name, lock=True)
+        check_existence(name, True, create)
+    if row.base_model != base_model:
         raise Conflict(
             f"Adapter {name!r} is for base {row.base_model!r}, not {base_model!r}: "
             "register these weights under another name.",
             param="base_model",
         )
-    newest = await _newest(session, row)
-    created = newest is None or newest.digest != digest
-    if created:
+    version = await rows.newest(session, row)
+    created = version is None or version.digest != digest
+    if version is None or created:
         row.last_number += 1
-        newest = VersionRow(
+        version = VersionRow(
             adapter_id=row.id,
             number=row.last_number,
             base_model=base_model,
@@ -90,15 +109,14 @@ async def register(
             details={} if made else dict(metadata or {}),
             created_at=clock.now(),
         )
-        session.add(newest)
-        await _move(session, clock, row, LATEST, ((newest.number, 1),))
-    assert newest is not None
+        session.add(version)
+        await move(session, clock, row, LATEST, ((version.number, 1),))
     if alias is not None and alias != LATEST:
         check_alias(alias)
-        await _move(session, clock, row, alias, ((newest.number, 1),))
-    await session.flush()
-    touch(session, row)
-    return Registered(await _view(session, row), version_view(name, newest), created)
+        await move(session, clock, row, alias, ((version.number, 1),))
+    if created or alias is not None:
+        await touch(session, row)
+    return Registered(await rows.view(session, row), version_view(name, version), created)
 
 
 async def list_(
@@ -128,86 +146,18 @@ async def list_(
 
 async def show(session: AsyncSession, name: str) -> AdapterView:
     """One adapter, or NotFound."""
-    return await _view(session, await _get(session, name))
+    return await rows.view(session, await rows.get(session, name))
 
 
 async def show_version(session: AsyncSession, name: str, number: int) -> VersionView:
     """One live version, or NotFound."""
-    row = await _get(session, name)
-    return version_view(name, await _get_version(session, row, number))
-
-
-async def set_alias(
-    session: AsyncSession,
-    clock: Clock,
-    *,
-    adapter: str,
-    alias: str,
-    targets: Sequence[tuple[int, int]],
-) -> AdapterView:
-    """Point `alias` at (version number, weight) pairs, keeping where it pointed for `rollback`.
-
-    `latest` may be moved too, to one version; the next registration moves it on.
-    """
-    check_alias(alias)
-    wanted = _checked_targets(alias, targets)
-    row = await _get(session, adapter, lock=True)
-    for number, _ in wanted:
-        await _get_version(session, row, number)
-    await _move(session, clock, row, alias, wanted)
-    touch(session, row)
-    return await _view(session, row)
-
-
-async def delete_alias(session: AsyncSession, *, adapter: str, alias: str) -> AdapterView:
-    """Remove an alias and what `rollback` knew of it. `latest` stays."""
-    if alias == LATEST:
-        raise Conflict("The alias 'latest' is kept by the gateway.", param="alias")
-    row = await _get(session, adapter, lock=True)
-    found = await session.get(AliasRow, (row.id, alias))
-    if found is None:
-        raise NotFound(f"Adapter {adapter!r} has no alias {alias!r}.", param="alias")
-    await session.delete(found)
-    await session.execute(
-        sql_delete(AliasMoveRow).where(
-            AliasMoveRow.adapter_id == row.id, AliasMoveRow.alias == alias
-        )
-    )
-    await session.flush()
-    touch(session, row)
-    return await _view(session, row)
-
-
-async def rollback(session: AsyncSession, *, adapter: str, alias: str = LATEST) -> AdapterView:
-    """Undo the alias's newest move; again, the one before. Deleted versions are skipped."""
-    row = await _get(session, adapter, lock=True)
-    current = await session.get(AliasRow, (row.id, alias))
-    if current is None:
-        raise NotFound(f"Adapter {adapter!r} has no alias {alias!r}.", param="alias")
-    live = set(await session.scalars(_live(row, VersionRow.number)))
-    moves = await session.scalars(
-        select(AliasMoveRow)
-        .where(AliasMoveRow.adapter_id == row.id, AliasMoveRow.alias == alias)
-        .order_by(AliasMoveRow.id.desc())
-    )
-    for move in moves:
-        await session.delete(move)
-        usable = all(number in live for number, _ in move.before)
-        if usable and move.before != current.targets:
-            current.targets = move.before
-            break
-    else:
-        raise Conflict(
-            f"Alias {alias!r} of {adapter!r} has no earlier version to go back to.", param="alias"
-        )
-    await session.flush()
-    touch(session, row)
-    return await _view(session, row)
+    row = await rows.get(session, name)
+    return version_view(name, await rows.get_version(session, row, number))
 
 
 async def delete(session: AsyncSession, clock: Clock, name: str) -> None:
     """Delete an adapter with every version and alias. Its numbers are never given again."""
-    row = await _get(session, name, lock=True)
+    row = await rows.get(session, name, lock=True)
     now = clock.now()
     row.deleted_at = now
     await session.execute(
@@ -217,15 +167,15 @@ async def delete(session: AsyncSession, clock: Clock, name: str) -> None:
     )
     for table in (AliasMoveRow, AliasRow):
         await session.execute(sql_delete(table).where(table.adapter_id == row.id))
-    touch(session, row)
+    await touch(session, row)
 
 
 async def delete_version(
     session: AsyncSession, clock: Clock, *, adapter: str, number: int
 ) -> AdapterView:
     """Delete a version no alias but `latest` points at; `latest` moves to the newest left."""
-    row = await _get(session, adapter, lock=True)
-    version = await _get_version(session, row, number)
+    row = await rows.get(session, adapter, lock=True)
+    version = await rows.get_version(session, row, number)
     aliases = await session.scalars(select(AliasRow).where(AliasRow.adapter_id == row.id))
     holders = {a.name: a for a in aliases if number in dict(as_targets(a.targets))}
     latest = holders.pop(LATEST, None)
@@ -236,21 +186,20 @@ async def delete_version(
         )
     version.deleted_at = clock.now()
     await session.flush()
-    newest = await _newest(session, row)
+    newest = await rows.newest(session, row)
     if newest is None:
         raise Conflict(
             f"{adapter}@{number} is the only version: delete the adapter instead.", param="number"
         )
     if latest is not None:
         latest.targets = [[newest.number, 1]]
-    await session.flush()
-    touch(session, row)
-    return await _view(session, row)
+    await touch(session, row)
+    return await rows.view(session, row)
 
 
 async def base_of(session: AsyncSession, name: str) -> str | None:
     """The base model of a live adapter, or None when there is none of this name."""
-    row = await _find(session, name)
+    row = await rows.find(session, name)
     return None if row is None else row.base_model
 
 
@@ -274,15 +223,6 @@ def check_name(name: str) -> None:
         )
 
 
-def check_alias(alias: str) -> None:
-    if len(alias) > ALIAS_NAME_MAX or not ALIAS_NAME.fullmatch(alias):
-        raise InvalidRequest(
-            f"An alias is 1 to {ALIAS_NAME_MAX} letters, digits, '.', '_' or '-', "
-            f"and starts with a letter or digit; got {alias[:200]!r}.",
-            param="alias",
-        )
-
-
 def check_metadata(metadata: Mapping[str, Any] | None) -> None:
     try:
         size = len(json.dumps(dict(metadata or {}), allow_nan=False))
@@ -301,18 +241,6 @@ async def _pool_of(session: AsyncSession, base_model: str) -> str:
     return pool
 
 
-async def _find(session: AsyncSession, name: str, *, lock: bool = False) -> AdapterRow | None:
-    query = select(AdapterRow).where(AdapterRow.name == name, AdapterRow.deleted_at.is_(None))
-    return await session.scalar(query.with_for_update() if lock else query)
-
-
-async def _get(session: AsyncSession, name: str, *, lock: bool = False) -> AdapterRow:
-    row = await _find(session, name, lock=lock)
-    if row is None:
-        raise NotFound(f"There is no adapter {name!r}.", param="name")
-    return row
-
-
 async def _make(
     session: AsyncSession,
     clock: Clock,
@@ -320,78 +248,25 @@ async def _make(
     base_model: str,
     pool: str,
     metadata: Mapping[str, Any],
-) -> AdapterRow:
+) -> AdapterRow | None:
+    """The row of a new adapter, or None when another transaction made it first."""
     if await session.get(BaseModelRow, name) is not None:
         raise Conflict(f"{name!r} is a base model's name.", param="name")
-    row = await session.scalar(
-        select(AdapterRow).where(AdapterRow.name == name).with_for_update()
-    )  # a deleted one comes back and keeps counting
+    row = await session.scalar(select(AdapterRow).where(AdapterRow.name == name).with_for_update())
     if row is None:
         row = AdapterRow(name=name, last_number=0, revision=0)
     elif row.deleted_at is None:
-        raise Conflict(f"Adapter {name!r} was just created by someone else.", param="name")
+        return None
+    # A deleted one comes back and keeps counting.
     row.base_model, row.pool = base_model, pool
     row.details, row.created_at, row.deleted_at = dict(metadata), clock.now(), None
     try:
         async with session.begin_nested():
             session.add(row)
             await session.flush()
-    except IntegrityError as exc:
-        raise Conflict(f"Adapter {name!r} was just created by someone else.", param="name") from exc
+    except IntegrityError:
+        return None
     return row
-
-
-def _live(row: AdapterRow, *columns: Any) -> Any:
-    return select(*columns).where(VersionRow.adapter_id == row.id, VersionRow.deleted_at.is_(None))
-
-
-async def _newest(session: AsyncSession, row: AdapterRow) -> VersionRow | None:
-    query = _live(row, VersionRow).order_by(VersionRow.number.desc()).limit(1)
-    found: VersionRow | None = await session.scalar(query)
-    return found
-
-
-async def _get_version(session: AsyncSession, row: AdapterRow, number: int) -> VersionRow:
-    found: VersionRow | None = await session.scalar(
-        _live(row, VersionRow).where(VersionRow.number == number)
-    )
-    if found is None:
-        raise NotFound(f"Adapter {row.name!r} has no version {number}.", param="version")
-    return found
-
-
-async def _move(
-    session: AsyncSession, clock: Clock, row: AdapterRow, alias: str, targets: Targets
-) -> None:
-    wanted = [list(target) for target in targets]
-    current = await session.get(AliasRow, (row.id, alias))
-    if current is None:
-        session.add(AliasRow(adapter_id=row.id, name=alias, targets=wanted))
-    elif current.targets != wanted:
-        session.add(
-            AliasMoveRow(
-                adapter_id=row.id, alias=alias, before=current.targets, moved_at=clock.now()
-            )
-        )
-        current.targets = wanted
-    await session.flush()
-
-
-def _checked_targets(alias: str, targets: Sequence[tuple[int, int]]) -> Targets:
-    wanted = tuple(targets)
-    if not 1 <= len(wanted) <= MAX_TARGETS:
-        raise InvalidRequest(f"An alias has 1 to {MAX_TARGETS} targets.", param="targets")
-    if len({number for number, _ in wanted}) != len(wanted):
-        raise InvalidRequest("A version may be named once in an alias.", param="targets")
-    if any(not 1 <= weight <= MAX_WEIGHT for _, weight in wanted):
-        raise InvalidRequest(f"A weight is a whole number, 1 to {MAX_WEIGHT}.", param="targets")
-    if alias == LATEST and len(wanted) > 1:
-        raise InvalidRequest("The alias 'latest' points at one version.", param="targets")
-    return wanted
-
-
-async def _view(session: AsyncSession, row: AdapterRow) -> AdapterView:
-    return (await adapter_views(session, [row]))[0]
 
 
 def _quoted(names: Mapping[str, object]) -> str:

@@ -38,7 +38,7 @@ async def sync_declared(
     gone = select(ReplicaRow).where(ReplicaRow.declared, ReplicaRow.pool.not_in(names))
     for row in await session.scalars(gone):
         await session.delete(row)
-        touch(session)
+        await touch(session)
     await session.flush()
 
 
@@ -86,10 +86,10 @@ async def _declare_replicas(session: AsyncSession, clock: Clock, wanted: PoolSet
             urls.discard(row.url)
             if (row.api_key, row.declared) != (api_key, True):
                 row.api_key, row.declared = api_key, True
-                touch(session)
+                await touch(session)
         elif row.declared:
             await session.delete(row)
-            touch(session)
+            await touch(session)
     await session.flush()
     for url in sorted(urls):
         await pools.add_replica(

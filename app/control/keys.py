@@ -71,8 +71,7 @@ async def create(
         revision=0,
     )
     session.add(row)
-    await session.flush()
-    touch(session, row)
+    await touch(session, row)
     return _view(row), secret
 
 
@@ -99,7 +98,7 @@ async def revoke(session: AsyncSession, clock: Clock, key_id: str) -> KeyView:
         raise NotFound(f"There is no key {key_id!r}.", param="key")
     if row.revoked_at is None:
         row.revoked_at = clock.now()
-        touch(session, row)
+        await touch(session, row)
     return _view(row)
 
 

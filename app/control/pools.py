@@ -66,8 +66,7 @@ async def put_base(session: AsyncSession, base: BaseModel) -> None:
         return
     else:
         row.config, row.aliases = config, list(base.aliases)
-    await session.flush()
-    touch(session)
+    await touch(session)
 
 
 async def create(
@@ -108,8 +107,7 @@ async def create(
         created_at=clock.now(),
     )
     session.add(row)
-    await session.flush()
-    touch(session)
+    await touch(session)
     return await _view(session, row)
 
 
@@ -129,8 +127,7 @@ async def update(session: AsyncSession, name: str, **changes: Any) -> PoolView:
         if field not in checks:
             raise InvalidRequest(f"A pool's {field} cannot be changed.", param=field)
         setattr(row, field, checks[field](value))
-    await session.flush()
-    touch(session)
+    await touch(session)
     return await _view(session, row)
 
 
@@ -146,8 +143,7 @@ async def delete(session: AsyncSession, name: str) -> None:
         await session.delete(replica)
     await session.flush()
     await session.delete(row)
-    await session.flush()
-    touch(session)
+    await touch(session)
 
 
 async def list_(session: AsyncSession) -> list[PoolView]:
@@ -186,8 +182,7 @@ async def add_replica(
         created_at=clock.now(),
     )
     session.add(row)
-    await session.flush()
-    touch(session)
+    await touch(session)
     return _replica_view(row)
 
 
@@ -202,8 +197,7 @@ async def update_replica(
     row = await _get_replica(session, replica_id)
     row.cordoned = row.cordoned if cordoned is None else cordoned
     row.draining = row.draining if draining is None else draining
-    await session.flush()
-    touch(session)
+    await touch(session)
     return _replica_view(row)
 
 
@@ -213,8 +207,7 @@ async def remove_replica(session: AsyncSession, replica_id: str, *, force: bool 
     if not (row.draining or force):
         raise Conflict(f"Replica {replica_id!r} is not draining: drain it first, or force.")
     await session.delete(row)
-    await session.flush()
-    touch(session)
+    await touch(session)
 
 
 async def show_replica(session: AsyncSession, replica_id: str) -> ReplicaView:

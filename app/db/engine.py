@@ -7,8 +7,8 @@ What comes in: a URL. What goes out: sessions that live inside `async with db.be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, event, text, update
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from app.db.tables import AdapterRow, KeyRow, RevisionRow
-from app.errors import ConfigurationError
+from app.errors import ConfigurationError, InvalidRequest
 from app.settings import Settings
 
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
@@ -30,6 +30,9 @@ DRIVERS = {SQLITE: "sqlite+aiosqlite", POSTGRESQL: "postgresql+asyncpg"}
 
 #: Key of `session.info`: the rows to stamp with this transaction's revision.
 _TOUCHED = "touched"
+_UNSTORABLE = "A value in the request is one that no name or number here can have."
+#: The class of PostgreSQL's error codes that blame the value.
+_DATA_EXCEPTION = "22"
 #: Any number, as long as no other program takes it on the same database.
 _MIGRATION_LOCK = 7_041_776
 
@@ -41,11 +44,12 @@ def database_url(settings: Settings) -> str:
     return _with_driver(settings.database_url).render_as_string(hide_password=False)
 
 
-def touch(session: AsyncSession, *rows: AdapterRow | KeyRow) -> None:
-    """Say that the data plane must see this transaction, and which rows it finds changed.
+async def touch(session: AsyncSession, *rows: AdapterRow | KeyRow) -> None:
+    """End a verb: send its changes, and say that the data plane must see them, on which rows.
 
     Pools and replicas are few and read whole, so a change to them names no row.
     """
+    await session.flush()
     session.info.setdefault(_TOUCHED, []).extend(rows)
 
 
@@ -85,9 +89,10 @@ class Database:
         options: dict[str, Any] = {"loragate_read": True}
         if self.dialect == POSTGRESQL:
             options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-        async with self._sessions() as session:
-            await session.connection(execution_options=options)
-            yield session
+        with _unstorable():
+            async with self._sessions() as session:
+                await session.connection(execution_options=options)
+                yield session
 
     async def prepare(self) -> None:
         """Make the schema current at startup: SQLite migrates itself, PostgreSQL must be."""
@@ -116,9 +121,10 @@ class Database:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncSession]:
-        async with self._sessions() as session, session.begin():
-            yield session
-            await _stamp(session)
+        with _unstorable():
+            async with self._sessions() as session, session.begin():
+                yield session
+                await _stamp(session)
 
 
 def migrate(settings_or_url: Settings | str) -> None:
@@ -133,6 +139,24 @@ def migrate(settings_or_url: Settings | str) -> None:
             await db.close()
 
     asyncio.run(run())
+
+
+@contextmanager
+def _unstorable() -> Iterator[None]:
+    """Say of a value the database cannot hold (a NUL, a number too large) that the caller sent it.
+
+    Each driver has its own idea of which error that is.
+    """
+    try:
+        yield
+    except (OverflowError, UnicodeEncodeError) as exc:
+        raise InvalidRequest(_UNSTORABLE) from exc
+    except DBAPIError as exc:
+        sent = getattr(exc.orig, "__cause__", None)
+        state = str(getattr(sent, "sqlstate", None) or "")
+        if isinstance(sent, ValueError | OverflowError) or state.startswith(_DATA_EXCEPTION):
+            raise InvalidRequest(_UNSTORABLE) from exc
+        raise
 
 
 async def _stamp(session: AsyncSession) -> None:

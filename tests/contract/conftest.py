@@ -93,12 +93,12 @@ def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cal
 
 
 @pytest.fixture(params=["sqlite", POSTGRES])
-def url(request: pytest.FixtureRequest, new_database: Callable[[str], str]) -> str:
+def db_url(request: pytest.FixtureRequest, new_database: Callable[[str], str]) -> str:
     return new_database(request.param)
 
 
 @pytest.fixture
-async def db(url: str) -> AsyncIterator[Database]:
-    database = Database(url)
+async def db(db_url: str) -> AsyncIterator[Database]:
+    database = Database(db_url)
     yield database
     await database.close()
