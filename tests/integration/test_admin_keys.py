@@ -58,6 +58,7 @@ def test_expiry_by_span_and_by_date(gateway: Gateway) -> None:
         ({"name": "x", "expires_in_s": 10**30}, 422),
         ({"name": "x", "expires_in_s": 9, "expires_at": "2099-01-01T00:00:00Z"}, 422),
         ({"name": "x", "expires_at": "2099-01-01T00:00:00"}, 422),
+        ({"name": "x", "expires_at": "9999-12-31T23:59:59-14:00"}, 422),
         ({"name": "x", "expires_at": "2001-01-01T00:00:00Z"}, 400),
         ({"name": ""}, 400),
         ({"name": "x", "secret": "mine"}, 422),
@@ -115,5 +116,7 @@ def test_usage_is_written_down_by_key_and_model(gateway: Gateway, pirate: str) -
     assert set(used(model="pirate@1")) == {"pirate@1"}
     assert used(until="2001-01-01T00:00:00Z") == {}
     assert set(used(since="2001-01-01T00:00:00Z")) == set(found)
-    naive = gateway.client.get("/admin/usage", params={"since": "2001-01-01T00:00:00"})
-    assert naive.status_code == 422
+    for odd in ("2001-01-01T00:00:00", "9999-12-31T23:59:59-14:00", "soon"):
+        answer = gateway.client.get("/admin/usage", params={"since": odd})
+        assert answer.status_code == 422
+        assert answer.json()["error"]["param"] == "since"

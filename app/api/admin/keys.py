@@ -11,9 +11,9 @@ from datetime import datetime, timedelta
 from typing import Annotated, Literal, Self
 
 from fastapi import APIRouter, Path, Query
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import Field, model_validator
 
-from app.api.admin.shapes import Admin, Answer, Body, Deleted, InRooms, refusals
+from app.api.admin.shapes import Admin, Answer, Body, Deleted, InRooms, Moment, refusals
 from app.control import keys
 from app.domain import Scope
 from app.errors import Conflict
@@ -76,7 +76,7 @@ class NewKey(Body):
     expires_in_s: int | None = Field(
         None, gt=0, le=_LONGEST_S, description="How long it works, in seconds.", examples=[86400]
     )
-    expires_at: AwareDatetime | None = Field(None, description="Or until when.")
+    expires_at: Moment | None = Field(None, description="Or until when.")
 
     @model_validator(mode="after")
     def _one_expiry(self) -> Self:

@@ -5,10 +5,11 @@ What comes in: nothing. What goes out: pydantic bases and OpenAPI fragments. No 
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from app.api.auth import require
 from app.api.rooms import Rooms
@@ -25,6 +26,17 @@ class Answer(BaseModel):
     """A response body."""
 
     model_config = ConfigDict(from_attributes=True)
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as exc:
+        raise ValueError("a time that UTC has no date for") from exc
+
+
+#: A time with its offset, as UTC.
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class Deleted(Answer):

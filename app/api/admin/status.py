@@ -10,9 +10,9 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
-from app.api.admin.shapes import Admin, Answer, InRooms, refusals
+from app.api.admin.shapes import Admin, Answer, InRooms, Moment, refusals
 from app.control import usage
 
 router = APIRouter(tags=["Status"])
@@ -70,9 +70,9 @@ async def used(
     rooms: InRooms,
     admin: Admin,
     since: Annotated[
-        AwareDatetime | None, Query(description="From this time on, with its offset.")
+        Moment | None, Query(description="From this time on, with its offset.")
     ] = None,
-    until: Annotated[AwareDatetime | None, Query(description="Before this time.")] = None,
+    until: Annotated[Moment | None, Query(description="Before this time.")] = None,
     key_id: Annotated[str | None, Query(description="Only this key.")] = None,
     model: Annotated[str | None, Query(description="Only this model, such as `bot@3`.")] = None,
     limit: Annotated[int, Query(ge=1, le=usage.MAX_PAGE, description="At most so many.")] = 1000,

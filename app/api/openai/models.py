@@ -21,8 +21,8 @@ from app.domain import Principal, Scope
 from app.serving.resolve import allowed, names_of, resolve
 from app.serving.snapshot import Snapshot
 
-#: How many lists are kept ready: one for each allow-list in use, for the newest snapshot.
-_KEPT = 64
+#: How much is kept ready of the newest snapshot's lists, of which each allow-list has its own.
+_KEPT_BYTES = 64 << 20
 _JSON = "application/json"
 
 Caller = Annotated[Principal, Depends(require(Scope.INFERENCE))]
@@ -64,7 +64,7 @@ class Catalogue:
             found = self._lists.get(principal.models)
             if found is None:
                 found = await asyncio.to_thread(_listed, snapshot, principal)
-                if len(self._lists) >= _KEPT:
+                if sum(map(len, self._lists.values())) + len(found) > _KEPT_BYTES:
                     self._lists.clear()
                 self._lists[principal.models] = found
             return found

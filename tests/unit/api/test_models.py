@@ -7,6 +7,8 @@ import json
 import time
 from datetime import UTC, datetime
 
+import pytest
+
 from app.api.openai.models import Catalogue
 from app.domain import Adapter, AdapterVersion, Alias, BaseModel, Pool, Principal, Scope
 from app.serving.snapshot import Snapshot
@@ -70,6 +72,16 @@ async def test_a_new_snapshot_is_seen_and_an_old_list_is_kept() -> None:
     kept = await catalogue.listing(first, caller())
     assert await catalogue.listing(first, caller()) is kept
     assert "bot@2" in await ids(catalogue, second)
+
+
+async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.api.openai.models._KEPT_BYTES", 1500)
+    of, catalogue = snapshot(adapter("bot", 1)), Catalogue()
+    first = await catalogue.listing(of, caller("bot"))
+    for n in range(20):
+        await catalogue.listing(of, caller("bot", f"other-{n}"))
+    assert await catalogue.listing(of, caller("bot")) == first
+    assert sum(map(len, catalogue._lists.values())) <= 1500
 
 
 async def test_a_hundred_thousand_adapters_do_not_hold_up_the_loop() -> None:
