@@ -6,6 +6,7 @@ Markdown page, which a test compares with the one in the repository.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.table import Table
+from rich.text import Text
 
 from app.cli.terminal import stdout
 from app.settings import ClientSettings, PoolSettings, Settings
@@ -24,6 +26,7 @@ Every setting is an environment variable. `loragate settings` shows what they ar
 is `loragate settings --markdown`.
 """
 
+_PASSWORD = re.compile(r"://([^:/@]*):[^@]*@")
 _SECTIONS: tuple[tuple[type[BaseModel], str, str, str], ...] = (
     (Settings, "LORAGATE_", "The gateway and the worker", ""),
     (
@@ -51,8 +54,10 @@ def show(
     for settings in (Settings(), ClientSettings()):
         for name, field in type(settings).model_fields.items():
             now = getattr(settings, name)
-            value = _plain(now) if now != field.default else f"[dim]{_plain(now)}[/]"
-            table.add_row(f"LORAGATE_{name.upper()}", value, field.description)
+            shown = Text(_PASSWORD.sub("://\\1:***@", _plain(now)))
+            if now == field.default:
+                shown.stylize("dim")
+            table.add_row(f"LORAGATE_{name.upper()}", shown, Text(field.description or ""))
     stdout.print(table)
 
 

@@ -26,10 +26,11 @@ def table(*columns: str, rows: Iterable[Iterable[object]], empty: str) -> Render
 
 
 def card(**fields: object) -> Table:
-    """One thing, a field a line."""
+    """One thing, a field a line; what is empty is left out."""
     found = Table(box=None, show_header=False, pad_edge=False)
     for name, value in fields.items():
-        found.add_row(Text(name.replace("_", " "), style="dim"), Text(_cell(value)))
+        if value not in ("", None):
+            found.add_row(Text(name.replace("_", " "), style="dim"), Text(_cell(value)))
     return found
 
 

@@ -214,6 +214,20 @@ def test_serve_says_which_setting_is_wrong() -> None:
     assert "LORAGATE_LOG_LEVEL" in Shell("", LORAGATE_LOG_LEVEL="LOUD").error("serve")
 
 
+def test_settings_show_no_secret() -> None:
+    secrets = {
+        "LORAGATE_ADMIN_KEY": "hidden-1",
+        "LORAGATE_API_KEY": "hidden-2",
+        "LORAGATE_DATABASE_URL": "postgresql://bob:hidden-3@db/loragate",
+        "LORAGATE_POOLS": '[{"name": "p", "base_model": "b[/]", "api_key": "hidden-4"}]',
+    }
+    shown = Shell("http://here", **secrets)("settings")
+    assert "hidden" not in shown
+    assert "postgresql://bob:***@db/loragate" in shown
+    assert "http://here" in shown
+    assert Shell("")("settings", "--markdown").startswith("# Settings")
+
+
 def test_serve_listens_where_it_is_told_and_ends_on_sigterm(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
