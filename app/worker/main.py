@@ -101,8 +101,16 @@ class Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if not self.started:
             return
-        ports = [one.getsockname() for server in self.servers for one in server.sockets]
-        log(logger, logging.INFO, Event.WORKER_READY, address=ports[0] if ports else None)
+        listening = [one.getsockname() for server in self.servers for one in server.sockets]
+        served: Served = self.lifespan.state["served"]
+        log(
+            logger,
+            logging.INFO,
+            Event.WORKER_READY,
+            address=":".join(map(str, listening[0])),
+            model=served.name,
+            max_model_len=served.engine.limits.max_model_len,
+        )
 
 
 def run(settings: Settings, *, fd: int | None = None) -> None:

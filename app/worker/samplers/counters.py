@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from app.worker.samplers.adapters import Adapter
+    from app.worker.samplers.batch import Group
     from app.worker.samplers.sequence import Sequence
 
 
@@ -28,10 +30,13 @@ class Counters:
     def finished(self, reason: str, count: int = 1) -> None:
         self.ended[reason] += count
 
-    def observe(self, running: list[Sequence], waiting: list[Sequence]) -> None:
-        self.running, self.waiting = len(running), len(waiting)
-        self.running_adapters, self.waiting_adapters = _names(running), _names(waiting)
+    def observe(self, running: list[Sequence], waiting: Collection[Group]) -> None:
+        """Note who is where, once per step."""
+        self.running = len(running)
+        self.waiting = sum(len(group.sequences) for group in waiting)
+        self.running_adapters = _names(one.adapter for one in running)
+        self.waiting_adapters = _names(group.adapter for group in waiting)
 
 
-def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one.adapter.name for one in sequences if one.adapter is not None))
+def _names(adapters: Iterable[Adapter | None]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one.name for one in adapters if one is not None))

@@ -156,9 +156,7 @@ class Engine:
         if len(self._batch):
             self._attempt(list(self._batch.sequences), self._decode)
         self.counters.steps += 1
-        self.counters.observe(
-            self._batch.sequences, [one for g in self._waiting for one in g.sequences]
-        )
+        self.counters.observe(self._batch.sequences, self._waiting)
 
     def _prefill(self, groups: list[Group]) -> None:
         self._batch.prefill(groups)

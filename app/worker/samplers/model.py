@@ -115,7 +115,7 @@ def load_model(settings: Settings, folder: Path) -> CausalModel:
     else:
         dtype = _DTYPES[settings.worker_dtype]
     # A bar would be torn lines in a log of JSON.
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     tokens = Tokens(AutoTokenizer.from_pretrained(folder))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.requires_grad_(False).eval()
