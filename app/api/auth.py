@@ -6,7 +6,7 @@ What comes in: the ends of a connection and the request's headers. What goes out
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from fastapi import Request, Security
@@ -106,10 +106,11 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, as OpenAI's clie
 _api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same key.")
 
 
-def require(scope: Scope) -> Callable[..., Principal]:
+def require(scope: Scope) -> Callable[..., Awaitable[Principal]]:
     """A FastAPI dependency that lets only principals with `scope` in."""
 
-    def dependency(
+    # Async, or FastAPI would send each look at a dictionary through a thread pool.
+    async def dependency(
         request: Request, _b: object = Security(_bearer), _k: object = Security(_api_key)
     ) -> Principal:
         rooms = request.state.rooms

@@ -20,9 +20,7 @@ from app.cli.gateway import Gateway
 from app.cli.terminal import stdout
 from app.settings import ClientSettings
 
-_Url = Annotated[
-    str | None, typer.Option("--url", help="The gateway's address; or LORAGATE_URL.")
-]
+_Url = Annotated[str | None, typer.Option("--url", help="The gateway's address; or LORAGATE_URL.")]
 _Key = Annotated[str | None, typer.Option("--key", help="Your API key; or LORAGATE_API_KEY.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 
