@@ -73,7 +73,10 @@ class VllmBackend:
         self._post_heads: dict[str, bytes] = {}
 
     async def send(self, path: str, body: bytes, headers: bytes) -> Reply:
-        return await self._post(self._inference, path, body, headers)
+        head = self._post_heads.get(path) or self._post_head(path)
+        message = b"%b%d\r\n%b\r\n%b" % (head, len(body), headers, body)
+        response = await self._inference.request(message)
+        return Reply(response.status, response.headers, response)
 
     async def load_adapter(self, name: str, path: str) -> None:
         reply = await self._ask_load(name, path)
@@ -122,32 +125,31 @@ class VllmBackend:
         return await self._text(self._loads, "/v1/load_lora_adapter", body)
 
     async def _text(self, client: Client, path: str, body: bytes) -> tuple[int, str]:
-        reply = await self._post(client, path, body, b"")
-        try:
-            data = await reply.read(_ANSWER_BYTES)
-        finally:
-            reply.close()
-        return reply.status, complaint(data)
+        message = b"%b%d\r\n\r\n%b" % (self._post_head(path), len(body), body)
+        status, data = await _read(client, message)
+        return status, complaint(data)
 
-    async def _post(self, client: Client, path: str, body: bytes, headers: bytes) -> Reply:
-        head = self._post_heads.get(path)
-        if head is None:
-            head = self._post_heads[path] = (
-                b"POST %b HTTP/1.1\r\n%bcontent-type: application/json\r\ncontent-length: "
-                % (path.encode(), self._common)
-            )
-        message = b"%b%d\r\n%b\r\n%b" % (head, len(body), headers, body)
-        response = await client.request(message)
-        return Reply(response.status, response.headers, response)
+    def _post_head(self, path: str) -> bytes:
+        """A POST's first lines, up to the length of its body."""
+        self._post_heads[path] = head = (
+            b"POST %b HTTP/1.1\r\n%bcontent-type: application/json\r\ncontent-length: "
+            % (path.encode(), self._common)
+        )
+        return head
 
     async def _get(self, path: str) -> tuple[int, bytes]:
         message = b"GET %b HTTP/1.1\r\n%b\r\n" % (path.encode(), self._common)
-        response = await self._probes.request(message)
-        reply = Reply(response.status, response.headers, response)
-        try:
-            return reply.status, await reply.read(_ANSWER_BYTES)
-        finally:
-            reply.close()
+        return await _read(self._probes, message)
+
+
+async def _read(client: Client, message: bytes) -> tuple[int, bytes]:
+    """Send a request and read its whole answer."""
+    response = await client.request(message)
+    reply = Reply(response.status, response.headers, response)
+    try:
+        return reply.status, await reply.read(_ANSWER_BYTES)
+    finally:
+        reply.close()
 
 
 def complaint(data: bytes) -> str:

@@ -150,6 +150,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._head: asyncio.Future[Response] | None = None
         self._response: Response | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._in_body = False
         self._length: int | None = None
@@ -161,6 +162,7 @@ class Connection(asyncio.Protocol):
         """Send a request; the future is done once the response has a head, or cannot have one."""
         head = self._head = self.client.loop.create_future()
         response = self._response = Response(self)
+        self._headers = response.headers
         self._head_bytes = 0
         self._in_body = False
         self._length = None
@@ -266,15 +268,14 @@ class Connection(asyncio.Protocol):
             self._length = int(value)
         elif name == b"transfer-encoding":
             self._chunked = True
-        assert self._response is not None
-        self._response.headers.append((name, value))
+        self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         response = self._response
         assert response is not None
         if status < 200:  # an interim answer; the real one follows
-            response.headers = []
+            self._headers.clear()
             self._length = None
             return
         response.status = status
@@ -429,7 +430,8 @@ class Client:
         elif not connection._closed:
             connection._closed = True
             connection.transport.close()
-        self._let_one_in()
+        if self._waiting:
+            self._let_one_in()
 
     def lost(self, connection: Connection) -> None:
         """A connection closed."""

@@ -62,6 +62,15 @@ class LiveReplica:
             and not self.replica.draining
         )
 
+    def holds(self, upstream_name: str, digest: str) -> bool:
+        """Whether it is believed to serve this version, from these very files.
+
+        The digest is the last part of the path: an engine may still have another registry's
+        adapter under the same name.
+        """
+        path = self.resident.get(upstream_name)
+        return path is not None and path.endswith(digest)
+
     def claim(self, upstream_name: str) -> None:
         """Take a slot; every claim has one `release`."""
         self.inflight += 1
@@ -214,11 +223,6 @@ class Fleet:
         """A request could not reach it: no need to wait for the probe to find out."""
         replica.turned(ReplicaState.UNHEALTHY, str(error))
         self.on_change()
-
-    def holds(self, replica: LiveReplica, version: AdapterVersion) -> bool:
-        """Whether the replica is believed to serve this version, from these very files."""
-        path = replica.resident.get(version.upstream_name)
-        return path is not None and path == self._seen_path(replica.pool, version.digest)
 
     async def load(self, replica: LiveReplica, version: AdapterVersion) -> None:
         """Return once the replica holds the version, loading it at most once at a time.

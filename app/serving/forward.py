@@ -70,7 +70,7 @@ class Forwarder:
         version = route.version
         if version is None:
             return await replica.backend.send(request.path, body, request.headers)
-        if not self.fleet.holds(replica, version):
+        if not replica.holds(route.upstream_name, version.digest):
             await self.fleet.load(replica, version)
         reply = await replica.backend.send(request.path, body, request.headers)
         if reply.status != 404:

@@ -16,13 +16,12 @@ from app.errors import InvalidJson, InvalidRequest
 
 _KEY = b'"model"'
 _KEY_AND_COLON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
-_WITH_USAGE = b'"stream_options":{"include_usage":true},'
 #: Paths whose streams end with a usage event if `stream_options` asks for one.
 _STREAM_OPTIONS_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
-class _Peek(msgspec.Struct):
-    model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+class _Peek(msgspec.Struct, gc=False):
+    model: Any = msgspec.UNSET
     stream: Any = False
     stream_options: Any = None
 
@@ -35,15 +34,13 @@ _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 class InferenceRequest:
     """One call of an inference path.
 
-    `raw_model` is the model's JSON as it stands in `body`. `headers` are header lines to send
-    upstream, each ended by CRLF. `reports_usage` is false for a stream that would end without
-    telling how many tokens it took.
+    `headers` are header lines to send upstream, each ended by CRLF. `reports_usage` is false for
+    a stream that would end without telling how many tokens it took.
     """
 
     path: str
     body: bytes
     model: str
-    raw_model: bytes
     reports_usage: bool = True
     headers: bytes = b""
 
@@ -51,24 +48,22 @@ class InferenceRequest:
         """The body with `name` as its model, made to report usage."""
         body = self.body
         at = body.find(_KEY)
-        found = _KEY_AND_COLON.match(body, at) if at >= 0 and body.find(_KEY, at + 7) < 0 else None
-        plain = found is not None and body.startswith(self.raw_model, found.end())
-        if found is None or not plain or not self.reports_usage:
-            return self._rebuilt(name)
-        start = found.end()
-        return b"%b%b%b" % (
-            body[:start],
-            msgspec.json.encode(name),
-            body[start + len(self.raw_model) :],
-        )
+        if self.reports_usage and at >= 0 and body.find(_KEY, at + 7) < 0:
+            key = _KEY_AND_COLON.match(body, at)
+            written = b'"%b"' % self.model.encode()
+            if key is not None and body.startswith(written, key.end()):
+                start = key.end()
+                rest = body[start + len(written) :]
+                return b"%b%b%b" % (body[:start], msgspec.json.encode(name), rest)
+        return self._rebuilt(name)
 
     def _rebuilt(self, name: str) -> bytes:
         """The slow way, when the key's place is ambiguous or another member changes too."""
         members: dict[str, Any] = _members.decode(self.body)
         members["model"] = name
         if not self.reports_usage:
-            options = members.get("stream_options")
-            given = msgspec.json.decode(options) if options is not None else None
+            options = members.get("stream_options", b"null")
+            given = msgspec.json.decode(options, type=dict[str, Any] | None)
             members["stream_options"] = {**(given or {}), "include_usage": True}
         return msgspec.json.encode(members)
 
@@ -86,20 +81,29 @@ def parse(path: str, body: bytes) -> InferenceRequest:
         raise InvalidJson("The request body must be a JSON object.") from exc
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
         raise InvalidJson(f"The request body is not valid JSON: {exc}") from exc
-    if isinstance(peek.model, msgspec.UnsetType):
-        raise InvalidRequest(
-            "The request has no `model`. Name a base or an adapter; GET /v1/models lists them.",
-            param="model",
-            code="missing_required_parameter",
-        )
-    raw = bytes(peek.model)
-    try:
-        model = msgspec.json.decode(raw, type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise InvalidRequest(
-            "`model` must be a string.", param="model", code="invalid_type"
-        ) from exc
-    reports = peek.stream is not True or path not in _STREAM_OPTIONS_PATHS
-    if not reports and isinstance(peek.stream_options, dict):
-        reports = peek.stream_options.get("include_usage") is True
-    return InferenceRequest(path, body, model, raw, reports)
+    model = peek.model
+    if not isinstance(model, str):
+        raise _no_model() if model is msgspec.UNSET else _odd_model()
+    reports = True
+    if peek.stream is True and path in _STREAM_OPTIONS_PATHS:
+        reports = _reports_usage(peek.stream_options)
+    return InferenceRequest(path, body, model, reports)
+
+
+def _reports_usage(stream_options: Any) -> bool:
+    """Whether a stream will end with its usage; senseless options are for upstream to refuse."""
+    if stream_options is None:
+        return False
+    return not isinstance(stream_options, dict) or stream_options.get("include_usage") is True
+
+
+def _no_model() -> InvalidRequest:
+    return InvalidRequest(
+        "The request has no `model`. Name a base or an adapter; GET /v1/models lists them.",
+        param="model",
+        code="missing_required_parameter",
+    )
+
+
+def _odd_model() -> InvalidRequest:
+    return InvalidRequest("`model` must be a string.", param="model", code="invalid_type")

@@ -34,12 +34,6 @@ class RequestPath:
 
         def account() -> None:
             if reply.status < 300:
-                usage = tap.usage
-                self.meter.used(
-                    principal.key_id,
-                    route.upstream_name,
-                    usage.prompt_tokens,
-                    usage.completion_tokens,
-                )
+                self.meter.used(principal.key_id, route.upstream_name, *tap.counts())
 
         return reply.through(tap).on_close(account)

@@ -60,12 +60,16 @@ class UsageTap:
     @property
     def usage(self) -> Usage:
         """What the reply said it took; zeros if it did not say."""
-        prompt = _PROMPT.search(self._found)
-        completion = _COMPLETION.search(self._found)
-        return Usage(
-            int(prompt[1]) if prompt else 0,
-            int(completion[1]) if completion else 0,
-        )
+        return Usage(*self.counts())
+
+    def counts(self) -> tuple[int, int]:
+        """Prompt and completion tokens, as `usage`."""
+        found = self._found
+        if not found:
+            return 0, 0
+        prompt = _PROMPT.search(found)
+        completion = _COMPLETION.search(found)
+        return int(prompt[1]) if prompt else 0, int(completion[1]) if completion else 0
 
     def _look(self, data: bytes) -> None:
         data = self._carry + data
