@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import islice
 from typing import Annotated, Any
 
 import msgspec
@@ -23,6 +24,7 @@ from app.serving.snapshot import Snapshot
 
 #: How much is kept ready of the newest snapshot's lists, of which each allow-list has its own.
 _KEPT_BYTES = 64 << 20
+_BATCH = 1000
 _JSON = "application/json"
 
 Caller = Annotated[Principal, Depends(require(Scope.INFERENCE))]
@@ -36,13 +38,6 @@ class Model(msgspec.Struct, gc=False):
     parent: str | None
     object: str = "model"
     owned_by: str = "loragate"
-
-
-class ModelList(msgspec.Struct):
-    """OpenAI's list of them."""
-
-    data: list[Model]
-    object: str = "list"
 
 
 class Catalogue:
@@ -135,7 +130,12 @@ async def retrieve_model(model: str, request: Request, caller: Caller) -> Respon
 
 
 def _listed(snapshot: Snapshot, principal: Principal) -> bytes:
-    return msgspec.json.encode(ModelList(list(_models(snapshot, principal))))
+    models = _models(snapshot, principal)
+    # Piece by piece: encoding all of it at once would hold the interpreter from the event loop.
+    pieces = []
+    while batch := list(islice(models, _BATCH)):
+        pieces.append(msgspec.json.encode(batch)[1:-1])
+    return b'{"object":"list","data":[%b]}' % b",".join(pieces)
 
 
 def _models(snapshot: Snapshot, principal: Principal) -> Iterator[Model]:
