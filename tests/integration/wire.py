@@ -16,15 +16,16 @@ from tests.integration.gateway import Gateway
 
 
 class Wire:
-    """One connection to a gateway."""
+    """One connection to a gateway, or to whatever listens on a port."""
 
-    def __init__(self, gateway: Gateway, *, receive_buffer: int | None = None) -> None:
+    def __init__(self, gateway: Gateway | int, *, receive_buffer: int | None = None) -> None:
         self.sock = socket.socket()
         if receive_buffer is not None:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.sock.settimeout(15)
-        self.sock.connect(("127.0.0.1", gateway.port))
-        self.host = f"127.0.0.1:{gateway.port}"
+        port = gateway if isinstance(gateway, int) else gateway.port
+        self.sock.connect(("127.0.0.1", port))
+        self.host = f"127.0.0.1:{port}"
         self._file = self.sock.makefile("rb")
 
     def __enter__(self) -> Self:
