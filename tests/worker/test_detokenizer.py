@@ -22,14 +22,14 @@ def stream(tokens: Tokens, prompt: list[int], answer: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(said=WORDS, answer=WORDS)
-def test_pieces_add_up_to_the_text(name: str, said: str, answer: str) -> None:
+@given(text=WORDS, data=st.data())
+def test_pieces_add_up_to_the_text(name: str, text: str, data: st.DataObject) -> None:
     tokens = TOKENIZERS[name]
-    whole = tokens.encode(f"{said} x{answer}.")
-    seam = len(tokens.encode(f"{said} x"))
-    prompt, rest = whole[:seam], whole[seam:]
-    expected = tokens.decode(whole)[len(tokens.decode(prompt).rstrip("\ufffd")) :]
-    assert "".join(stream(tokens, prompt, rest)) == expected
+    whole = tokens.encode(f"x{text}.")
+    seam = data.draw(st.integers(1, len(whole)))
+    prefixes = (tokens.decode(whole[:end]) for end in range(seam, -1, -1))
+    begun = next(prefix for prefix in prefixes if not prefix.endswith("\ufffd"))
+    assert "".join(stream(tokens, whole[:seam], whole[seam:])) == tokens.decode(whole)[len(begun) :]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

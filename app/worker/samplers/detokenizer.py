@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from app.worker.samplers.tokens import REPLACEMENT
+from app.worker.samplers.tokens import LONGEST_CHARACTER, REPLACEMENT
 
 # How much of the prompt is decoded along: enough for a space or a split character at the seam.
 CONTEXT_TOKENS = 6
@@ -23,9 +23,13 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]) -> None:
         self._decode = decode
-        self._window = list(prompt[-CONTEXT_TOKENS:])
+        self._window = self._context(prompt)
         self._read = len(self._window)
-        self._shown = decode(self._window) if self._window else ""
+        self._shown = decode(self._window)
+        # A character the prompt leaves unfinished belongs to whoever finishes it.
+        while self._read and self._shown.endswith(REPLACEMENT):
+            self._read -= 1
+            self._shown = decode(self._window[: self._read])
 
     def push(self, token: int) -> str:
         """The text `token` completes; empty while a character is unfinished."""
@@ -39,3 +43,11 @@ class Detokenizer:
         self._read = len(self._window)
         self._shown = self._decode(self._window)
         return added
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The end of the prompt, from where a character begins."""
+        for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + LONGEST_CHARACTER):
+            window = list(prompt[-count:])
+            if not self._decode(window).startswith(REPLACEMENT):
+                return window
+        return []

@@ -6,7 +6,7 @@ logprobs for each. It must not know: caches, adapters, text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 
 import torch
@@ -30,7 +30,16 @@ class Draw:
         self.device = device
         params = [row.params for row in rows]
         self._penalized = self._where(lambda row: row.penalties is not None)
-        self._edited = [i for i, p in enumerate(params) if p.logit_bias or p.allowed_token_ids]
+        self._allowed = [
+            (i, torch.tensor(p.allowed_token_ids, device=device))
+            for i, p in enumerate(params)
+            if p.allowed_token_ids is not None
+        ]
+        self._biased = [
+            (i, torch.tensor([*p.logit_bias], device=device), self._tensor(p.logit_bias.values()))
+            for i, p in enumerate(params)
+            if p.logit_bias
+        ]
         self._patient = [i for i, p in enumerate(params) if p.min_tokens > 0]
         self._random = self._where(lambda row: not row.params.greedy)
         self._likely = self._where(lambda row: row.params.min_p > 0 and not row.params.greedy)
@@ -61,20 +70,19 @@ class Draw:
         return [index for index, row in enumerate(self.rows) if wanted(row)]
 
     def _values(self, name: str, rows: list[int]) -> Tensor:
-        values = [float(getattr(self.rows[row].params, name)) for row in rows]
-        return torch.tensor(values, device=self.device)
+        return self._tensor(getattr(self.rows[row].params, name) for row in rows)
+
+    def _tensor(self, values: Iterable[float]) -> Tensor:
+        return torch.tensor([float(value) for value in values], device=self.device)
 
     def _constrain(self, logits: Tensor) -> None:
         """What can change even the likeliest token."""
-        for row in self._edited:
-            params = self.rows[row].params
-            if params.allowed_token_ids is not None:
-                allowed = torch.tensor(params.allowed_token_ids, device=self.device)
-                kept = logits[row, allowed]
-                logits[row] = filters.NEVER
-                logits[row, allowed] = kept
-            for token, bias in params.logit_bias.items():
-                logits[row, token] += bias
+        for row, allowed in self._allowed:
+            kept = logits[row, allowed]
+            logits[row] = filters.NEVER
+            logits[row, allowed] = kept
+        for row, tokens, bias in self._biased:
+            logits[row, tokens] += bias
         for row in self._patient:
             sequence = self.rows[row]
             if len(sequence.token_ids) < sequence.params.min_tokens:
