@@ -15,6 +15,8 @@ import msgspec
 from app.errors import InvalidJson, InvalidRequest
 
 _KEY = b'"model"'
+#: How every letter of `model` begins when spelled with an escape; no encoder does that to a letter.
+_ESCAPED = b"\\u006"
 _KEY_AND_COLON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
 #: Paths whose streams end with a usage event if `stream_options` asks for one.
 _STREAM_OPTIONS_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -28,6 +30,7 @@ class _Peek(msgspec.Struct, gc=False):
 
 _peek = msgspec.json.Decoder(_Peek)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 @dataclass(slots=True)
@@ -48,7 +51,8 @@ class InferenceRequest:
         """The body with `name` as its model, made to report usage."""
         body = self.body
         at = body.find(_KEY)
-        if self.reports_usage and at >= 0 and body.find(_KEY, at + 7) < 0:
+        alone = at >= 0 and body.find(_KEY, at + 7) < 0 and _ESCAPED not in body
+        if alone and self.reports_usage:
             key = _KEY_AND_COLON.match(body, at)
             written = b'"%b"' % self.model.encode()
             if key is not None and body.startswith(written, key.end()):
@@ -59,13 +63,16 @@ class InferenceRequest:
 
     def _rebuilt(self, name: str) -> bytes:
         """The slow way, when the key's place is ambiguous or another member changes too."""
-        members: dict[str, Any] = _members.decode(self.body)
-        members["model"] = name
-        if not self.reports_usage:
-            options = members.get("stream_options", b"null")
-            given = msgspec.json.decode(options, type=dict[str, Any] | None)
-            members["stream_options"] = {**(given or {}), "include_usage": True}
-        return msgspec.json.encode(members)
+        try:
+            members: dict[str, Any] = _members.decode(self.body)
+            members["model"] = name
+            if not self.reports_usage:
+                options = members.get("stream_options", b"null")
+                given = msgspec.json.decode(options, type=dict[str, Any] | None)
+                members["stream_options"] = {**(given or {}), "include_usage": True}
+            return msgspec.json.encode(members)
+        except _NOT_JSON as exc:  # this looks closer, and has less of the stack left, than `parse`
+            raise InvalidJson(f"The request body is not valid JSON: {exc}") from exc
 
 
 def parse(path: str, body: bytes) -> InferenceRequest:
@@ -79,7 +86,7 @@ def parse(path: str, body: bytes) -> InferenceRequest:
         peek = _peek.decode(body)
     except msgspec.ValidationError as exc:
         raise InvalidJson("The request body must be a JSON object.") from exc
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+    except _NOT_JSON as exc:
         raise InvalidJson(f"The request body is not valid JSON: {exc}") from exc
     model = peek.model
     if not isinstance(model, str):
