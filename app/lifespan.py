@@ -36,6 +36,9 @@ from app.telemetry import Event, log
 logger = logging.getLogger(__name__)
 
 
+_FIRST_PROBE_S = 1.0
+
+
 class State(TypedDict):
     """What a request finds in its scope."""
 
@@ -96,7 +99,9 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         worker = embedded.EmbeddedWorker(settings, clock)
         first = await embedded.declare_pool(worker, db, clock)
     await publish.activate()
-    await fleet.probe()
+    with suppress(TimeoutError):  # a replica that hangs must not hold up the others' gateway
+        async with asyncio.timeout(_FIRST_PROBE_S):
+            await fleet.probe()
 
     stack.push_async_callback(flush.activate)  # the last counts, once nothing runs any more
     await _keep_running(stack, driver.run(), "driver")

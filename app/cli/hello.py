@@ -6,6 +6,7 @@ standard output, once a model is there to answer them.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -19,21 +20,24 @@ _PATIENCE_S = 300.0
 
 _HELLO = """
 loragate is ready: {url} answers as the base model and as {adapters}.
+Try it from another terminal, with curl:
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "{first}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "{first}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
 
-  from openai import OpenAI
+or with {python}:
 
-  client = OpenAI(base_url="{url}/v1", api_key="none")
-  for model in {models}:
-      print(f"\\n{{model}}: ", end="")
-      for chunk in client.chat.completions.create(
-          model=model,
-          messages=[{{"role": "user", "content": "{question}"}}],
-          stream=True,
-      ):
-          print(chunk.choices[0].delta.content or "", end="", flush=True)
+from openai import OpenAI
+
+client = OpenAI(base_url="{url}/v1", api_key="none")
+for model in {models}:
+    print(f"\\n{{model}}: ", end="")
+    for chunk in client.chat.completions.create(
+        model=model,
+        messages=[{{"role": "user", "content": "{question}"}}],
+        stream=True,
+    ):
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
 
 The API is described at {url}/docs. Ctrl+C stops it.
 """
@@ -54,6 +58,7 @@ def greeting(url: str) -> str:
         first=names[0],
         models=tuple(names[:3]),
         question=demo.SAMPLE_PROMPTS[1],
+        python=sys.executable,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 from app.backends.base import Backend
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: How long a refused load is remembered, so that clients' retries do not stall the replica.
 REFUSAL_S = 10.0
+#: Numbers the claims of all replicas, to tell which one was left alone the longest.
+_claims = count(1)
 
 
 class LiveReplica:
@@ -36,6 +39,7 @@ class LiveReplica:
         self.backend = backend
         self.state = ReplicaState.ADDING
         self.inflight = 0
+        self.last_claim = 0
         self.resident: dict[str, str] = {}
         self.inflight_by_name: dict[str, int] = {}
         self.loads: dict[str, asyncio.Future[None]] = {}
@@ -74,6 +78,7 @@ class LiveReplica:
     def claim(self, upstream_name: str) -> None:
         """Take a slot; every claim has one `release`."""
         self.inflight += 1
+        self.last_claim = next(_claims)
         self.inflight_by_name[upstream_name] = self.inflight_by_name.get(upstream_name, 0) + 1
 
     def release(self, upstream_name: str) -> None:

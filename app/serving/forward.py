@@ -7,21 +7,24 @@ closes. Knows nothing of the client.
 from __future__ import annotations
 
 from app.backends.base import BufferedBody, Reply
-from app.domain import Route
-from app.errors import NoReplicaAvailable, UpstreamRefused
+from app.domain import AdapterVersion, Route
+from app.errors import NoReplicaAvailable, UpstreamBroke, UpstreamError, UpstreamRefused
 from app.serving.fleet import Fleet, LiveReplica
 from app.serving.policies import least_inflight
 from app.serving.request import InferenceRequest
 
 MAX_ATTEMPTS = 3
+_UNKNOWN_MODEL = b"does not exist"
+#: vLLM's queue is full or its engine is dead; 429 is what a proxy in front of it may say.
+_OVERLOADED = (503, 429)
 _COMPLAINT_BYTES = 1 << 20
 
 
 class Forwarder:
     """Sends a request to a replica of its route's pool.
 
-    Another replica is tried when nothing arrived at the first, or when it answered 503 (engine
-    dead, or its queue full). A replica that lost an adapter we know to be registered (404) loads
+    Another replica is tried when nothing arrived at the first, or when it answered that it is
+    overloaded. A replica that lost an adapter we know to be registered (404) loads
     it again and gets the request once more.
     """
 
@@ -38,7 +41,7 @@ class Forwarder:
         tried: list[str] = []
         last: Reply | None = None
         for _ in range(MAX_ATTEMPTS):
-            replica = least_inflight(self.fleet.candidates(route.pool), route.upstream_name, tried)
+            replica = least_inflight(self.fleet.candidates(route.pool), tried)
             if replica is None:
                 break
             replica.claim(route.upstream_name)  # no await between pick and claim
@@ -54,7 +57,7 @@ class Forwarder:
                 raise
             reply.replica = replica.id
             reply.on_close(lambda replica=replica: replica.release(route.upstream_name))  # type: ignore[misc]
-            if reply.status != 503:
+            if reply.status not in _OVERLOADED:
                 return reply
             last, _ = await buffered(reply)
             tried.append(replica.id)
@@ -71,16 +74,32 @@ class Forwarder:
         if version is None:
             return await replica.backend.send(request.path, body, request.headers)
         if not replica.holds(route.upstream_name, version.digest):
-            await self.fleet.load(replica, version)
+            await self._load(replica, version)
         reply = await replica.backend.send(request.path, body, request.headers)
         if reply.status != 404:
             return reply
         reply, answer = await buffered(reply)
-        if b"does not exist" not in answer:
+        if _UNKNOWN_MODEL not in answer:
             return reply
         self.fleet.lost(replica, version)
-        await self.fleet.load(replica, version)
-        return await replica.backend.send(request.path, body, request.headers)
+        await self._load(replica, version)
+        reply = await replica.backend.send(request.path, body, request.headers)
+        if reply.status != 404:
+            return reply
+        reply, answer = await buffered(reply)
+        if _UNKNOWN_MODEL in answer:
+            self.fleet.lost(replica, version)
+            raise UpstreamBroke(
+                f"The replica {replica.url} loaded {route.upstream_name!r} and does not know it."
+            )
+        return reply
+
+    async def _load(self, replica: LiveReplica, version: AdapterVersion) -> None:
+        """Load before sending: whatever goes wrong here, the request itself never arrived."""
+        try:
+            await self.fleet.load(replica, version)
+        except UpstreamError as exc:
+            raise UpstreamRefused(str(exc)) from exc
 
 
 async def buffered(reply: Reply) -> tuple[Reply, bytes]:

@@ -7,19 +7,17 @@ from collections.abc import Container, Iterable
 from app.serving.fleet import LiveReplica
 
 
-def least_inflight(
-    replicas: Iterable[LiveReplica], upstream_name: str, tried: Container[str]
-) -> LiveReplica | None:
-    """The available replica with the fewest requests; of equals, one that holds the adapter.
+def least_inflight(replicas: Iterable[LiveReplica], tried: Container[str]) -> LiveReplica | None:
+    """The available replica with the fewest requests; of equals, the one left alone the longest.
 
     Returns None if none is available that was not tried.
     """
     best: LiveReplica | None = None
-    best_rank = (0, False)
+    best_rank = (0, 0)
     for replica in replicas:
         if not replica.available or replica.id in tried:
             continue
-        rank = (replica.inflight, upstream_name not in replica.resident)
+        rank = (replica.inflight, replica.last_claim)
         if best is None or rank < best_rank:
             best, best_rank = replica, rank
     return best

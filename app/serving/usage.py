@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 
-from app.domain import Usage
-
 _KEY = b'"usage":'
-#: Enough for any usage object's own counts, which come before nested details.
+#: Enough for any usage object.
 _WINDOW = 400
 _PROMPT = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,12})')
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,12})')
-_OBJECT = re.compile(rb'"usage":\s*\{')
+#: A usage object's beginning, and a whole one with its nested details.
+_OBJECT = re.compile(rb'"usage":\s{0,64}\{')
+_WHOLE = re.compile(rb'"usage":\s{0,64}\{(?:[^{}]++|\{[^{}]*+\})*+\}')
+_PENDING = re.compile(rb'"usage":\s{0,64}\Z')
 _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
 #: The ends an event may have; vLLM writes the first.
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_BETWEEN_EVENTS = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
 #: An event longer than this is passed on in pieces.
 _EVENT_BYTES = 1 << 20
 
@@ -50,20 +52,17 @@ class UsageTap:
             return data
         self._look(data)
         if self._hide and _NO_CHOICES.search(data):
-            return self._without_usage_event(data)
+            return b"".join(e for e in _BETWEEN_EVENTS.split(data) if not _only_usage(e))
         return data
 
     def finish(self) -> bytes:
         held, self._held = self._held, b""
-        return held
-
-    @property
-    def usage(self) -> Usage:
-        """What the reply said it took; zeros if it did not say."""
-        return Usage(*self.counts())
+        if held:  # a stream that ended without an empty line
+            self._look(held)
+        return b"" if _only_usage(held) else held
 
     def counts(self) -> tuple[int, int]:
-        """Prompt and completion tokens, as `usage`."""
+        """Prompt and completion tokens as the reply said them; zeros if it did not."""
         found = self._found
         if not found:
             return 0, 0
@@ -74,13 +73,18 @@ class UsageTap:
     def _look(self, data: bytes) -> None:
         data = self._carry + data
         at = data.rfind(_KEY)
-        if at >= 0 and (_OBJECT.match(data, at) or len(data) - at < len(_KEY) + 2):
-            self._found = data[at : at + _WINDOW]
-            self._carry = (
-                self._found if len(self._found) < _WINDOW and b"}" not in self._found else b""
-            )
-        else:
-            self._carry = b"" if data.endswith(_EVENT_ENDS) else data[-len(_KEY) :]
+        pending = at >= 0 and _PENDING.match(data, at)
+        carry_from = at if pending else len(data) - len(_KEY)
+        while at >= 0 and not _OBJECT.match(data, at):
+            at = data.rfind(_KEY, 0, at)  # `"usage":null`, say: the object is before it
+        if at >= 0:
+            whole = _WHOLE.match(data, at)
+            self._found = (whole[0] if whole else data[at:])[:_WINDOW]
+            if whole is None and len(self._found) < _WINDOW:
+                self._carry = data[at:]
+                return
+        between = not pending and data.endswith(_EVENT_ENDS)
+        self._carry = b"" if between else data[max(carry_from, 0) :]
 
     def _whole_events(self, data: bytes) -> bytes:
         if self._held:
@@ -91,10 +95,7 @@ class UsageTap:
         self._held = data[end:]
         return data[:end]
 
-    def _without_usage_event(self, data: bytes) -> bytes:
-        mark = _EVENT_ENDS[1] if data.endswith(_EVENT_ENDS[1]) else _EVENT_ENDS[0]
-        return mark.join(
-            event
-            for event in data.split(mark)
-            if not (_OBJECT.search(event) and _NO_CHOICES.search(event))
-        )
+
+def _only_usage(event: bytes) -> bool:
+    """Whether this is the event at the end of a stream that was asked to report usage."""
+    return _OBJECT.search(event) is not None and _NO_CHOICES.search(event) is not None

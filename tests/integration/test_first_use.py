@@ -227,8 +227,9 @@ def test_a_load_that_breaks_is_tried_elsewhere(
     assert ask(gateway, BASE).status_code == 200
     (first,) = [replica for replica in replicas if replica.requests(COMPLETIONS)]
     first.script(LOAD, *[Break()] * 20)
-    answer = ask(gateway)
-    assert answer.status_code == 200, answer.text
+    for _ in replicas:  # whichever is picked first, one of two requests meets the broken one
+        answer = ask(gateway)
+        assert answer.status_code == 200, answer.text
     assert first.loads()
 
 
