@@ -1,6 +1,6 @@
 """Reads token counts out of a reply on its way to the client.
 
-What comes in: the bytes of a reply. What goes out: the same bytes, and a `Usage`. A stream that
+What comes in: the bytes of a reply. What goes out: the same bytes, and counts. A stream that
 was made to report usage on our account is given to the client without that last event.
 """
 
