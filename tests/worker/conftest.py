@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 from app.settings import Settings  # noqa: E402
 from app.worker.main import create_app  # noqa: E402
 from app.worker.samplers.adapters import Adapter  # noqa: E402
+from app.worker.samplers.delta import Delta  # noqa: E402
 from app.worker.samplers.engine import Engine  # noqa: E402
 from app.worker.samplers.model import CausalModel, load_model  # noqa: E402
 from app.worker.samplers.params import SamplingParams  # noqa: E402
-from app.worker.samplers.sequence import Delta  # noqa: E402
 from app.worker.samplers.ticket import Ticket  # noqa: E402
 from tests.waiting import until  # noqa: E402
 

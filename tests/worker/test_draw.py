@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from app.worker.samplers.draw import Draw
+from app.worker.samplers.limits import Limits
 from app.worker.samplers.params import SamplingParams
-from app.worker.samplers.sequence import Sequence, StopRules
+from app.worker.samplers.sequence import Sequence
 from app.worker.samplers.ticket import Ticket
 from app.worker.samplers.tokens import Tokens
 from tests.worker.conftest import byte_level
 
 VOCABULARY = 50
-STOPS = StopRules(eos_id=1, stop_token_ids=(2,), max_model_len=100)
+LIMITS = Limits(vocab_size=VOCABULARY, max_model_len=100, eos_id=1, stop_token_ids=(2,))
 CPU = torch.device("cpu")
 TOKENS = Tokens(byte_level())
 
@@ -36,7 +37,7 @@ def logits(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def draw(*rows: Sequence, seed: int = 0) -> list[int]:
-    return [token for token, _ in Draw(rows, STOPS, CPU)(logits(len(rows), seed))]
+    return [token for token, _ in Draw(rows, LIMITS, CPU)(logits(len(rows), seed))]
 
 
 def test_greedy_takes_the_likeliest() -> None:
@@ -46,7 +47,7 @@ def test_greedy_takes_the_likeliest() -> None:
 def test_a_seeded_row_does_not_see_its_neighbours() -> None:
     def tokens(*others: Sequence) -> list[int]:
         mine = row(seed=7)
-        told = Draw([*others, mine], STOPS, CPU)
+        told = Draw([*others, mine], LIMITS, CPU)
         same = logits(1).expand(len(others) + 1, -1)
         return [told(same.clone())[-1][0] for _ in range(20)]
 
@@ -58,7 +59,7 @@ def test_a_seeded_row_does_not_see_its_neighbours() -> None:
 def test_odds_are_the_softmax_at_that_temperature() -> None:
     torch.manual_seed(0)
     one = torch.tensor([[0.0, 1.0, 2.0] + [-30.0] * (VOCABULARY - 3)])
-    told = Draw([row(temperature=0.5)] * 4000, STOPS, CPU)
+    told = Draw([row(temperature=0.5)] * 4000, LIMITS, CPU)
     tokens = [token for token, _ in told(one.expand(4000, -1).clone())]
     expected = (one[0] / 0.5).softmax(-1)
     for token in range(3):
@@ -87,7 +88,7 @@ def test_stop_tokens_wait_for_min_tokens() -> None:
     likely_end[0, [1, 2, 5]] = torch.tensor([9.0, 8.0, 7.0])
     likely_end[0, 6] = 6.0
     patient = row(temperature=0, min_tokens=2, stop_token_ids=(5,))
-    told = Draw([patient], STOPS, CPU)
+    told = Draw([patient], LIMITS, CPU)
     assert told(likely_end.clone())[0][0] == 6
     patient.token_ids += [6, 6]
     assert told(likely_end.clone())[0][0] == 1
@@ -98,17 +99,17 @@ def test_penalties_follow_the_sequence() -> None:
     flat[0, 3] = 2.0
     flat[0, 9] = 1.5
     said = row(prompt=[3], temperature=0, repetition_penalty=2.0)
-    assert Draw([said], STOPS, CPU)(flat.clone())[0][0] == 9
+    assert Draw([said], LIMITS, CPU)(flat.clone())[0][0] == 9
     fresh = row(temperature=0, presence_penalty=1.0)
-    told = Draw([fresh], STOPS, CPU)
+    told = Draw([fresh], LIMITS, CPU)
     assert told(flat.clone())[0][0] == 3
-    fresh.push(3, None, STOPS)
+    fresh.push(3, None, LIMITS)
     assert told(flat.clone())[0][0] == 9
 
 
 def test_logprobs_are_of_the_untouched_logits() -> None:
     rows = [row(temperature=0, logprobs=2, allowed_token_ids=(9,)), row(), row(logprobs=0)]
-    (token, found), (_, none), (_, alone) = Draw(rows, STOPS, CPU)(logits(3))
+    (token, found), (_, none), (_, alone) = Draw(rows, LIMITS, CPU)(logits(3))
     expected = logits(3)[0].log_softmax(-1)
     assert token == 9
     assert found is not None
@@ -126,7 +127,7 @@ def test_chosen_token_ids_take_the_place_of_the_likeliest() -> None:
         [
             one,
         ],
-        STOPS,
+        LIMITS,
         CPU,
     )(logits(1))
     assert found is not None
@@ -135,7 +136,7 @@ def test_chosen_token_ids_take_the_place_of_the_likeliest() -> None:
 
 
 def test_the_whole_vocabulary() -> None:
-    ((_, found),) = Draw([row(logprobs=-1)], STOPS, CPU)(logits(1))
+    ((_, found),) = Draw([row(logprobs=-1)], LIMITS, CPU)(logits(1))
     assert found is not None
     assert len(found.ids) == VOCABULARY + 1
     assert math.fsum(map(math.exp, found.logprobs[1:])) == pytest.approx(1)

@@ -13,9 +13,9 @@ import torch
 from app.errors import AdapterLoadFailed, LoragateError
 from app.worker.errors import EngineDead, StepFailed
 from app.worker.samplers.adapters import Adapter
+from app.worker.samplers.delta import Delta
 from app.worker.samplers.engine import Engine
 from app.worker.samplers.model import CausalModel
-from app.worker.samplers.sequence import Delta
 from tests.waiting import until
 from tests.worker.conftest import CONTEXT, Room, collect, plain, settings
 

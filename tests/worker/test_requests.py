@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from app.errors import InvalidRequest
 from app.worker.dialect.prompts import chat_prompt, completion_prompts, sampling
 from app.worker.dialect.requests import ChatRequest, CompletionRequest
-from app.worker.samplers.model import Limits
+from app.worker.samplers.limits import Limits
 from app.worker.samplers.params import SamplingParams
 from app.worker.samplers.tokens import Tokens
 from tests.worker.conftest import byte_level

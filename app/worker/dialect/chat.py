@@ -12,7 +12,7 @@ from app.worker.dialect.envelope import DONE, FINGERPRINT, Envelope, Tally, even
 from app.worker.dialect.logprobs import LogprobWriter
 from app.worker.dialect.prompts import Prompt
 from app.worker.dialect.requests import ChatRequest, Message
-from app.worker.samplers.sequence import Delta
+from app.worker.samplers.delta import Delta
 from app.worker.samplers.tokens import Tokens
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.worker.samplers.sequence import TokenLogprobs
+from app.worker.samplers.delta import TokenLogprobs
 from app.worker.samplers.tokens import LONGEST_CHARACTER, Tokens
 
 # JSON has no infinity.

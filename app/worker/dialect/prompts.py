@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 from app.errors import InvalidRequest
 from app.worker.dialect.requests import ChatRequest, CompletionRequest, Sampled, Templated
 from app.worker.errors import bad_value
-from app.worker.samplers.model import Limits
+from app.worker.samplers.limits import Limits
 from app.worker.samplers.params import SMALLEST_TEMPERATURE, SamplingParams, check
 from app.worker.samplers.tokens import Tokens
 

@@ -24,8 +24,8 @@ from app.worker.http.bodies import read
 from app.worker.http.faults import envelope
 from app.worker.http.presence import CLIENT_CLOSED_REQUEST, ClientGone, EventStream, while_present
 from app.worker.http.served import Served, served
+from app.worker.samplers.delta import Delta
 from app.worker.samplers.params import SamplingParams
-from app.worker.samplers.sequence import Delta
 from app.worker.samplers.ticket import Ticket
 
 # Tokenizing or writing about this much takes a few milliseconds; more is done in a thread.

@@ -75,7 +75,8 @@ async def detokenize(request: Request) -> Response:
     world = served(request)
     body = await read(request, DetokenizeRequest, world.settings.max_body_bytes)
     world.find(body.model)
-    return JSONResponse({"prompt": world.engine.tokens.decode(body.tokens)})
+    known = [token for token in body.tokens if token < world.engine.limits.vocab_size]
+    return JSONResponse({"prompt": world.engine.tokens.decode(known)})
 
 
 def _card(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from app.worker.samplers.adapters import Adapter
 from app.worker.samplers.cache import KvRows
+from app.worker.samplers.delta import PromptLogprobs
 from app.worker.samplers.draw import Draw, describe_prompt
 from app.worker.samplers.model import CausalModel
-from app.worker.samplers.sequence import PromptLogprobs, Sequence, StopRules
+from app.worker.samplers.sequence import Sequence
 from app.worker.samplers.ticket import Ticket
 
 
@@ -48,9 +49,6 @@ class Batch:
         self.model = model
         self.pass_tokens = pass_tokens
         self.sequences: list[Sequence] = []
-        self.stops = StopRules(
-            model.limits.eos_id, model.limits.stop_token_ids, model.limits.max_model_len
-        )
         self._rows = KvRows()
         self._draw: Draw | None = None
 
@@ -77,7 +75,7 @@ class Batch:
                 for sequence in group.sequences:
                     sequence.tell_prompt_logprobs(logprobs)
         last = logits[:, -1].index_select(0, torch.tensor(index, device=logits.device))
-        self._push(Draw(joining, self.stops, self.model.device), last)
+        self._push(Draw(joining, self.model.limits, self.model.device), last)
         staying = [place for place, sequence in enumerate(joining) if not sequence.finished]
         if staying:
             self._rows.join(rows, [index[place] for place in staying])
@@ -87,7 +85,7 @@ class Batch:
     def decode(self) -> None:
         """One more token for every row."""
         if self._draw is None:
-            self._draw = Draw(self.sequences, self.stops, self.model.device)
+            self._draw = Draw(self.sequences, self.model.limits, self.model.device)
             self.model.layers.use([sequence.slot for sequence in self.sequences])
         last = torch.tensor([[sequence.last_token] for sequence in self.sequences])
         logits = self.model.forward(last, self._rows, 1)
@@ -115,7 +113,7 @@ class Batch:
 
     def _push(self, draw: Draw, logits: Tensor) -> None:
         for sequence, (token, logprobs) in zip(draw.rows, draw(logits), strict=True):
-            sequence.push(token, logprobs, self.stops)
+            sequence.push(token, logprobs, self.model.limits)
 
     def _describe(
         self, groups: Groups[Group], found: list[PromptLogprobs], start: int, logits: Tensor

@@ -115,7 +115,8 @@ class KvRows:
             self.first[row] = self.first[last]
         self.first.pop()
         if not self.first:
-            self.end = 0
+            # One large batch must not hold its memory for ever.
+            self.keys, self.values, self.end = [], [], 0
 
     def _row_capacity(self) -> int:
         return self.keys[0].shape[0]

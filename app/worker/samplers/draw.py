@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from app.worker.samplers import filters
-from app.worker.samplers.sequence import Sequence, StopRules, TokenLogprobs, stack
+from app.worker.samplers.delta import TokenLogprobs
+from app.worker.samplers.limits import Limits
+from app.worker.samplers.sequence import Sequence
 
 Drawn = list[tuple[int, TokenLogprobs | None]]
 
@@ -24,9 +26,9 @@ class Draw:
     Per-row settings become tensors once, and each kind of work is skipped when no row asks.
     """
 
-    def __init__(self, rows: Rows[Sequence], stops: StopRules, device: torch.device) -> None:
+    def __init__(self, rows: Rows[Sequence], limits: Limits, device: torch.device) -> None:
         self.rows = list(rows)
-        self.stops = stops
+        self.limits = limits
         self.device = device
         params = [row.params for row in rows]
         self._penalized = self._where(lambda row: row.penalties is not None)
@@ -86,7 +88,7 @@ class Draw:
         for row in self._patient:
             sequence = self.rows[row]
             if len(sequence.token_ids) < sequence.params.min_tokens:
-                logits[row, self.stops.forbidden_early(sequence.params)] = filters.NEVER
+                logits[row, self.limits.forbidden_early(sequence.params)] = filters.NEVER
         if self._penalized:
             logits[self._penalized] = self._penalize(logits[self._penalized])
 
@@ -94,8 +96,8 @@ class Draw:
         said = [p for row in self._penalized if (p := self.rows[row].penalties) is not None]
         return filters.penalize(
             logits,
-            prompt=stack([one.prompt for one in said]),
-            counts=stack([one.counts for one in said]),
+            prompt=torch.stack([one.prompt for one in said]),
+            counts=torch.stack([one.counts for one in said]),
             repetition=self._values("repetition_penalty", self._penalized),
             frequency=self._values("frequency_penalty", self._penalized),
             presence=self._values("presence_penalty", self._penalized),

@@ -7,7 +7,6 @@ not know: requests, sampling, threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from app.errors import ConfigurationError
 from app.settings import Settings
 from app.worker.samplers.cache import KvRows
+from app.worker.samplers.limits import Limits
 from app.worker.samplers.lora import LoraLayers
 from app.worker.samplers.tokens import Tokens
 
@@ -26,17 +26,6 @@ from app.worker.samplers.tokens import Tokens
 LOGITS_MAX = 1 << 26
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the model can take, and what its folder asks for by default."""
-
-    vocab_size: int
-    max_model_len: int
-    eos_id: int | None
-    stop_token_ids: tuple[int, ...]
-    sampling_defaults: dict[str, Any]
 
 
 class CausalModel:

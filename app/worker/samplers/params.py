@@ -16,6 +16,7 @@ from app.worker.errors import bad_value
 SMALLEST_TEMPERATURE = 1e-2
 GREEDY_BELOW = 1e-5
 LOGPROB_TOKEN_IDS_MAX = 128
+N_MAX = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ def check(params: SamplingParams, *, vocab_size: int, max_logprobs: int) -> None
 def _check_ranges(params: SamplingParams) -> None:
     if params.n < 1:
         raise InvalidRequest(f"n must be at least 1, got {params.n}.")
+    if params.n > N_MAX:
+        raise InvalidRequest(f"n must be at most {N_MAX}, got {params.n}.")
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(params, name)
         if not -2.0 <= value <= 2.0:

@@ -7,42 +7,17 @@ batches, caches, HTTP.
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from app.worker.samplers.adapters import Adapter
+from app.worker.samplers.delta import Delta, PromptLogprobs, TokenLogprobs
 from app.worker.samplers.detokenizer import Detokenizer
+from app.worker.samplers.limits import Limits
 from app.worker.samplers.params import SamplingParams
 from app.worker.samplers.stops import OutputText
 from app.worker.samplers.ticket import Ticket
 from app.worker.samplers.tokens import Tokens
-
-
-class TokenLogprobs(NamedTuple):
-    """One position: the token that is there first, then the likeliest; its rank counts from 1."""
-
-    ids: list[int]
-    logprobs: list[float]
-    rank: int
-
-
-PromptLogprobs = list[TokenLogprobs | None]
-
-
-@dataclass(slots=True)
-class Delta:
-    """What is new of one sequence. `prompt_logprobs` comes once, with the first."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Penalties:
@@ -105,7 +80,7 @@ class Sequence:
     def tell_prompt_logprobs(self, logprobs: PromptLogprobs) -> None:
         self._news.prompt_logprobs = logprobs
 
-    def push(self, token: int, logprobs: TokenLogprobs | None, stops: StopRules) -> None:
+    def push(self, token: int, logprobs: TokenLogprobs | None, limits: Limits) -> None:
         """Take the next token and see whether it is the last."""
         self.token_ids.append(token)
         self._news.token_ids.append(token)
@@ -113,7 +88,7 @@ class Sequence:
             self._news.logprobs.append(logprobs)
         if self.penalties is not None:
             self.penalties.said(token)
-        stopped = self._check_token(token, stops)
+        stopped = self._check_token(token, limits)
         if stopped and not self.params.include_stop_str_in_output:
             return
         met = self._text.push(
@@ -132,17 +107,17 @@ class Sequence:
         self._news = Delta(news.index)
         return news
 
-    def _check_token(self, token: int, stops: StopRules) -> bool:
+    def _check_token(self, token: int, limits: Limits) -> bool:
         """Whether this very token ends the sequence, rather than how many there are."""
-        if token == stops.eos_id and not self.params.ignore_eos:
+        if token == limits.eos_id and not self.params.ignore_eos:
             self._finish("stop", None)
             return True
-        extra = () if self.params.ignore_eos else stops.stop_token_ids
+        extra = () if self.params.ignore_eos else limits.stop_token_ids
         if token in self.params.stop_token_ids or token in extra:
             self._finish("stop", token)
             return True
         if len(self.token_ids) >= min(
-            self.params.max_tokens, stops.max_model_len - len(self.prompt)
+            self.params.max_tokens, limits.max_model_len - len(self.prompt)
         ):
             self._finish("length", None)
         return False
@@ -150,20 +125,3 @@ class Sequence:
     def _finish(self, reason: str, stop: int | str | None) -> None:
         self.finish_reason = self._news.finish_reason = reason
         self._news.stop_reason = stop
-
-
-class StopRules(NamedTuple):
-    """What ends any sequence of this model."""
-
-    eos_id: int | None
-    stop_token_ids: tuple[int, ...]
-    max_model_len: int
-
-    def forbidden_early(self, params: SamplingParams) -> list[int]:
-        """Tokens that may not be drawn before `min_tokens` is reached."""
-        eos = [] if self.eos_id is None else [self.eos_id]
-        return [*eos, *self.stop_token_ids, *params.stop_token_ids]
-
-
-def stack(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows) if len(rows) > 1 else rows[0][None]

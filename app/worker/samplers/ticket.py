@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from app.worker.samplers.sequence import Delta
+from app.worker.samplers.delta import Delta
 
 
 class Ticket:
