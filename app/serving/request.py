@@ -17,6 +17,7 @@ from app.errors import InvalidJson, InvalidRequest
 _KEY = b'"model"'
 #: How every letter of `model` begins when spelled with an escape; no encoder does that to a letter.
 _ESCAPED = b"\\u006"
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _KEY_AND_COLON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
 #: Paths whose streams end with a usage event if `stream_options` asks for one.
 _STREAM_OPTIONS_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -51,15 +52,23 @@ class InferenceRequest:
         """The body with `name` as its model, made to report usage."""
         body = self.body
         at = body.find(_KEY)
-        alone = at >= 0 and body.find(_KEY, at + 7) < 0 and _ESCAPED not in body
-        if alone and self.reports_usage:
+        if self.reports_usage and at >= 0 and body.find(_KEY, at + 7) < 0:
             key = _KEY_AND_COLON.match(body, at)
-            written = b'"%b"' % self.model.encode()
-            if key is not None and body.startswith(written, key.end()):
-                start = key.end()
-                rest = body[start + len(written) :]
-                return b"%b%b%b" % (body[:start], msgspec.json.encode(name), rest)
+            start = key.end() if key is not None else len(body)
+            end = start + self._written_length(start)
+            if end > start:
+                return b"%b%b%b" % (body[:start], msgspec.json.encode(name), body[end:])
         return self._rebuilt(name)
+
+    def _written_length(self, start: int) -> int:
+        """How many bytes the model's name takes at `start`, with its quotes; 0 if it is not there."""
+        plain = b'"%b"' % self.model.encode()
+        if self.body.startswith(plain, start):
+            return len(plain)
+        written = _STRING.match(self.body, start)
+        if written is None or msgspec.json.decode(written[0]) != self.model:
+            return 0
+        return len(written[0])
 
     def _rebuilt(self, name: str) -> bytes:
         """The slow way, when the key's place is ambiguous or another member changes too."""
