@@ -54,21 +54,22 @@ class InferenceRequest:
         at = body.find(_KEY)
         if self.reports_usage and at >= 0 and body.find(_KEY, at + 7) < 0:
             key = _KEY_AND_COLON.match(body, at)
-            start = key.end() if key is not None else len(body)
-            end = start + self._written_length(start)
-            if end > start:
-                return b"%b%b%b" % (body[:start], msgspec.json.encode(name), body[end:])
+            written = self._written(key.end()) if key is not None else b""
+            # An escaped letter elsewhere may be in a key that spells `model` another way.
+            if key is not None and written and body.count(_ESCAPED) == written.count(_ESCAPED):
+                rest = body[key.end() + len(written) :]
+                return b"%b%b%b" % (body[: key.end()], msgspec.json.encode(name), rest)
         return self._rebuilt(name)
 
-    def _written_length(self, start: int) -> int:
-        """How many bytes the model's name takes at `start`, with its quotes; 0 if it is not there."""
+    def _written(self, start: int) -> bytes:
+        """The name as it stands at `start`, quotes included; empty if it does not."""
         plain = b'"%b"' % self.model.encode()
         if self.body.startswith(plain, start):
-            return len(plain)
-        written = _STRING.match(self.body, start)
-        if written is None or msgspec.json.decode(written[0]) != self.model:
-            return 0
-        return len(written[0])
+            return plain
+        found = _STRING.match(self.body, start)
+        if found is None or msgspec.json.decode(found[0]) != self.model:
+            return b""
+        return found[0]
 
     def _rebuilt(self, name: str) -> bytes:
         """The slow way, when the key's place is ambiguous or another member changes too."""
