@@ -99,6 +99,9 @@ def load_model(settings: Settings, folder: Path) -> CausalModel:
     if settings.worker_threads is not None:
         torch.set_num_threads(settings.worker_threads)
     device = _device(settings.worker_device)
+    if device.type == "cuda":
+        # cuDNN plans its attention anew for every shape, and every step has another one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if settings.worker_dtype == "auto":
         dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     else:
