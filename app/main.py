@@ -55,4 +55,8 @@ def serve(settings: Settings) -> None:
         logging.getLogger(__name__).debug("interrupted")
 
 
-app = create_app()
+def __getattr__(name: str) -> FrontDoor:
+    """`app`, for `uvicorn app.main:app`: built when asked for, so that importing does nothing."""
+    if name == "app":
+        return create_app()
+    raise AttributeError(name)

@@ -11,6 +11,7 @@ import sys
 
 import typer
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from app.cli import adapters, keys, pools, programs, settings, status
 from app.cli.terminal import fail
@@ -43,6 +44,9 @@ def main() -> None:
         fault = exc.errors()[0]
         name = "_".join(str(part) for part in fault["loc"][:1]).upper()
         fail(f"the setting LORAGATE_{name} is wrong: {fault['msg']}")
+    except SettingsError as exc:
+        _, name, *_ = str(exc).split('"')
+        fail(f"the setting LORAGATE_{name.upper()} is wrong: it is not JSON")
     except OSError as exc:
         fail(str(exc))
     except KeyboardInterrupt:
