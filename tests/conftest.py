@@ -15,11 +15,23 @@ from typing import Any, cast
 
 import pytest
 
+from tests.databases import db, db_url, new_database, postgres, sqlite_template
 from tests.servers import fake_server, vllm_server, worker_server
 
-__all__ = ["fake_server", "vllm_server", "worker_server"]
+__all__ = [
+    "db",
+    "db_url",
+    "fake_server",
+    "new_database",
+    "postgres",
+    "sqlite_template",
+    "vllm_server",
+    "worker_server",
+]
 
 RUNNER = "asyncio_runner"
+#: A real vLLM takes its time to start on a busy machine; whichever test comes first pays it.
+STARTS_VLLM_S = 600
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +56,8 @@ def asyncio_runner() -> Iterator[asyncio.Runner]:
 def pytest_itemcollected(item: pytest.Item) -> None:
     if isinstance(item, pytest.Function) and _is_async(item.obj):
         item.fixturenames.insert(0, RUNNER)
+    if item.get_closest_marker("vllm"):
+        item.add_marker(pytest.mark.timeout(STARTS_VLLM_S))
 
 
 @pytest.hookimpl(tryfirst=True)
