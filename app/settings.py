@@ -136,7 +136,12 @@ class Settings(BaseSettings):
         8192, ge=1, description="Prompt tokens the worker prefills in one pass."
     )
     worker_max_logprobs: int = Field(20, ge=0, description="Most logprobs a request may ask for.")
-    worker_threads: int | None = Field(None, ge=1, description="Torch threads; all cores if unset.")
+    worker_threads: int | None = Field(
+        None,
+        ge=1,
+        description="Torch threads. If unset: all cores, but one for a model under 50 million "
+        "parameters, where threads wait for each other longer than they work.",
+    )
 
     @field_validator("import_dirs", mode="before")
     @classmethod

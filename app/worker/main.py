@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -42,6 +41,7 @@ logger = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
 DEMO_NAME = "demo"
 KEEP_ALIVE_S = 75
+STDIN = 0
 
 ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
@@ -133,7 +133,9 @@ def _stop_with_parent() -> None:
     """Stop once standard input closes: the parent holds its other end for as long as it lives."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # The bare descriptor: the lock of sys.stdin would be held when the interpreter ends.
+        while os.read(STDIN, 4096):
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()

@@ -37,14 +37,20 @@ def worker(
         "LORAGATE_WORKER_THREADS": "1",
         "LORAGATE_DRAIN_TIMEOUT_S": "20",
     }
-    command = [sys.executable, "-m", "app.worker.main", "--fd", str(listener.fileno())]
+    command = [sys.executable, "-m", "app.worker.main", "--exit-with-stdin"]
+    command += ["--fd", str(listener.fileno())]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            command, env=env, pass_fds=[listener.fileno()], stdout=log, stderr=log
+            command,
+            env=env,
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
         )
-    yield process
-    process.kill()
-    process.wait(10)
+    with process:
+        yield process
+        process.kill()
 
 
 def test_a_running_request_finishes_after_sigterm(
@@ -72,3 +78,11 @@ def test_a_running_request_finishes_after_sigterm(
     asking.join(5)
     assert [answer.status_code for answer in answers] == [200]
     assert answers[0].json()["usage"]["completion_tokens"] == 16 * 200
+
+
+def test_it_ends_with_its_parent(worker: subprocess.Popen[bytes], listener: socket.socket) -> None:
+    host, port = listener.getsockname()
+    assert httpx.get(f"http://{host}:{port}/health", timeout=60).status_code == 200
+    assert worker.stdin is not None
+    worker.stdin.close()
+    assert worker.wait(10) in (0, -signal.SIGTERM)

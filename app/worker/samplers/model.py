@@ -24,6 +24,9 @@ from app.worker.samplers.tokens import Tokens
 
 # Logits of one pass are kept under this many numbers (256 MiB as float32).
 LOGITS_MAX = 1 << 26
+# A model under this many parameters has steps of a millisecond: torch's threads would spend it
+# waiting for each other, and far more when the cores are shared.
+SMALL_MODEL = 50_000_000
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,8 +99,6 @@ def load_model(settings: Settings, folder: Path) -> CausalModel:
         raise ConfigurationError(
             f"{folder} holds no model (no config.json). Set LORAGATE_WORKER_MODEL."
         )
-    if settings.worker_threads is not None:
-        torch.set_num_threads(settings.worker_threads)
     device = _device(settings.worker_device)
     if device.type == "cuda":
         # cuDNN plans its attention anew for every shape, and every step has another one.
@@ -111,6 +112,11 @@ def load_model(settings: Settings, folder: Path) -> CausalModel:
     tokens = Tokens(AutoTokenizer.from_pretrained(folder))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.requires_grad_(False).eval()
+    threads = settings.worker_threads
+    if threads is None and device.type == "cpu" and model.num_parameters() < SMALL_MODEL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
     return CausalModel(model.to(device), tokens)
 
 
