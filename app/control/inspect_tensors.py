@@ -72,7 +72,7 @@ def _pairs(
         found = _LINEAR.fullmatch(short) or _EMBEDDING.fullmatch(short)
         if found is None or short == name or len(name) > MAX_NAME:
             allowed = f"{PREFIX}<module>.lora_A.weight and lora_B.weight"
-            faults.append(Fault(f"tensor {shown(name)}", "the name", allowed))
+            faults.append(Fault(f"tensor {shown(name)}", "not part of a LoRA", allowed))
             continue
         sides = pairs.setdefault(found["module"], {})
         if found["side"] in sides:

@@ -62,6 +62,7 @@ class AdapterStore:
         ).hexdigest()
         target = self.path(digest)
         if self._renew(target):
+            _fsync(target.parent)  # whoever put them there may not have come to it yet
             return digest
         complete = self._tmp / f"{digest}.{secrets.token_hex(8)}"
         complete.mkdir(mode=0o755)
@@ -148,7 +149,8 @@ class AdapterStore:
 
 def _entries(folder: Path) -> list[Path]:
     try:
-        return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        with os.scandir(folder) as entries:
+            return sorted(Path(e.path) for e in entries if e.is_dir(follow_symlinks=False))
     except FileNotFoundError:
         return []
 

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: Longer than any registration takes.
 YOUNG_S = 3600.0
+#: Seldom: it lists the whole store, and an orphan costs nothing but its room.
+PERIOD_S = 600.0
 _BATCH = 500
 
 
