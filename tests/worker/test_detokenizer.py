@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from app.worker.samplers.detokenizer import Detokenizer
 from app.worker.samplers.tokens import Tokens
-from tests.worker.conftest import byte_level, sentencepiece_like
+from tests.worker.tiny import byte_level, sentencepiece_like
 
 TOKENIZERS = {"byte_level": Tokens(byte_level()), "metaspace": Tokens(sentencepiece_like())}
 WORDS = st.text("abc hello é日😀ñ\n'", max_size=40)

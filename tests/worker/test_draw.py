@@ -14,7 +14,7 @@ from app.worker.samplers.params import SamplingParams
 from app.worker.samplers.sequence import Sequence
 from app.worker.samplers.ticket import Ticket
 from app.worker.samplers.tokens import Tokens
-from tests.worker.conftest import byte_level
+from tests.worker.tiny import byte_level
 
 VOCABULARY = 50
 LIMITS = Limits(vocab_size=VOCABULARY, max_model_len=100, eos_id=1, stop_token_ids=(2,))

@@ -16,8 +16,9 @@ from app.worker.samplers.adapters import Adapter
 from app.worker.samplers.delta import Delta
 from app.worker.samplers.engine import Engine
 from app.worker.samplers.model import CausalModel
+from app.worker.samplers.sequence import Sequence
 from tests.waiting import until
-from tests.worker.conftest import CONTEXT, Room, collect, plain, settings
+from tests.worker.tiny import CONTEXT, Room, collect, plain, settings
 
 PROMPTS = [
     [10, 20, 30],
@@ -178,6 +179,27 @@ async def test_a_failing_prefill_spares_those_who_run(
     rest = [delta async for deltas in news for delta in deltas]
     assert sum(len(delta.token_ids) for delta in (first, *rest)) == 100
     assert adapter.running == 0
+
+
+async def test_a_request_that_cannot_be_prepared_fails_alone(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sequence, "prepare", fail)
+        with pytest.raises(StepFailed, match="no more"):
+            await room.answer([[5]])
+    assert await room.answer([[5]], max_tokens=1)
+
+
+async def test_a_load_nobody_waits_for_harms_nobody(room: Room) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        loading = tasks.create_task(room.load("narrow"))
+        await asyncio.sleep(0)
+        loading.cancel()
+    assert await room.answer([[5]], max_tokens=1)
 
 
 async def test_a_dead_thread_answers_everyone(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:

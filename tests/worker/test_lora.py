@@ -15,7 +15,7 @@ from app.errors import AdapterLoadFailed, NotFound
 from app.worker.samplers.cache import KvRows
 from app.worker.samplers.lora import CONFIG, WEIGHTS, read_adapter
 from app.worker.samplers.model import CausalModel
-from tests.worker.conftest import ADAPTERS, plain, write_adapter
+from tests.worker.tiny import ADAPTERS, plain, write_adapter
 
 PROMPT = [10, 20, 30, 40, 50]
 

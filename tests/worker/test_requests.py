@@ -15,7 +15,7 @@ from app.worker.dialect.requests import ChatRequest, CompletionRequest
 from app.worker.samplers.limits import Limits
 from app.worker.samplers.params import SamplingParams
 from app.worker.samplers.tokens import Tokens
-from tests.worker.conftest import byte_level
+from tests.worker.tiny import byte_level
 
 TOKENS = Tokens(byte_level())
 LIMITS = Limits(vocab_size=372, max_model_len=64, eos_id=1, stop_token_ids=(), sampling_defaults={})

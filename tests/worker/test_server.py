@@ -17,7 +17,7 @@ import pytest
 from app.worker.http.generate import INLINE_LOGPROBS
 from app.worker.samplers.batch import Batch
 from tests.waiting import until
-from tests.worker.conftest import CONTEXT, Serve
+from tests.worker.tiny import CONTEXT, Serve
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 5}
@@ -279,6 +279,16 @@ def test_malformed_bodies(
     assert (error["type"], error["param"], error["code"]) == ("Bad Request", param, 400)
 
 
+def test_a_union_s_branches_are_not_named(http: httpx.Client) -> None:
+    error = http.post("/tokenize", json={}).json()["error"]
+    assert (error["param"], error["code"]) == ("body.prompt", 400)
+
+
+def test_tokens_nobody_knows_have_no_text(http: httpx.Client) -> None:
+    found = http.post("/detokenize", json={"tokens": [2**62, 10]}).json()["prompt"]
+    assert found == http.post("/detokenize", json={"tokens": [10]}).json()["prompt"]
+
+
 def test_a_body_over_the_limit(serve: Serve) -> None:
     url = serve(max_body_bytes=2000)
     response = httpx.post(f"{url}/v1/completions", json={"prompt": "x" * 3000})
@@ -309,7 +319,7 @@ def test_a_departed_client_is_noticed(
     ended = 'vllm:request_success_total{engine="0",finished_reason="abort"'
     asyncio.run(until(lambda: sample(http, ended) == 8))
     held.set()
-    assert sample(http, "vllm:num_requests_running") == 0
+    asyncio.run(until(lambda: sample(http, "vllm:num_requests_running") == 0))
 
 
 def test_an_error_before_the_first_token_has_a_status(

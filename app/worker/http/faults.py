@@ -57,8 +57,8 @@ def malformed(exc: ValidationError) -> Malformed:
 
 def _place(location: tuple[int | str, ...]) -> str:
     """The field, without the names pydantic gives the branches of a union."""
-    parts = [str(part) for part in location if str(part).isidentifier() or isinstance(part, int)]
-    branches = {"str", "int", "float", "bool", "list", "dict"}
+    branches = {"str", "int", "float", "bool", "list", "dict", "TokenizeText", "TokenizeChat"}
+    parts = [str(part) for part in location if isinstance(part, int) or part.isidentifier()]
     return ".".join(["body", *(part for part in parts if part not in branches)])
 
 

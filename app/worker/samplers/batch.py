@@ -7,39 +7,16 @@ token. It must not know: threads, queues, who waits.
 from __future__ import annotations
 
 from collections.abc import Sequence as Groups
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from app.worker.samplers.adapters import Adapter
 from app.worker.samplers.cache import KvRows
 from app.worker.samplers.delta import PromptLogprobs
 from app.worker.samplers.draw import Draw, describe_prompt
 from app.worker.samplers.model import CausalModel
 from app.worker.samplers.sequence import Sequence
-from app.worker.samplers.ticket import Ticket
-
-
-@dataclass(slots=True)
-class Group:
-    """Sequences of one prompt: it is read once for all of them."""
-
-    prompt: list[int]
-    sequences: list[Sequence]
-    adapter: Adapter | None
-
-    @property
-    def ticket(self) -> Ticket:
-        return self.sequences[0].ticket
-
-    @property
-    def prompt_logprobs(self) -> int | None:
-        return self.sequences[0].params.prompt_logprobs
-
-    @property
-    def slot(self) -> str | None:
-        return None if self.adapter is None else self.adapter.slot
+from app.worker.samplers.waiting import Group
 
 
 class Batch:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from app.worker.samplers.adapters import Adapter
-    from app.worker.samplers.batch import Group
     from app.worker.samplers.sequence import Sequence
+    from app.worker.samplers.waiting import Waiting
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Counters:
     def finished(self, reason: str, count: int = 1) -> None:
         self.ended[reason] += count
 
-    def observe(self, running: list[Sequence], waiting: Collection[Group]) -> None:
+    def observe(self, running: list[Sequence], waiting: Waiting) -> None:
         """Note who is where, once per step."""
         self.running = len(running)
         self.waiting = sum(len(group.sequences) for group in waiting)

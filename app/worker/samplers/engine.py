@@ -15,8 +15,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -27,13 +26,14 @@ from app.settings import Settings
 from app.telemetry import Event, log
 from app.worker.errors import EngineDead, StepFailed
 from app.worker.samplers.adapters import Adapter, Resident
-from app.worker.samplers.batch import Batch, Group
+from app.worker.samplers.batch import Batch
 from app.worker.samplers.counters import Counters
 from app.worker.samplers.lora import AdapterFiles, read_adapter
 from app.worker.samplers.model import CausalModel
 from app.worker.samplers.params import SamplingParams
 from app.worker.samplers.sequence import Sequence
 from app.worker.samplers.ticket import Ticket
+from app.worker.samplers.waiting import Group, Waiting
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,11 +52,12 @@ class Engine:
         self._model = model
         self._max_rank = settings.worker_max_lora_rank
         self._max_batch = settings.worker_max_batch
-        self._pass_tokens = settings.worker_max_batch_tokens
-        self._batch = Batch(model, self._pass_tokens)
+        self._batch = Batch(model, settings.worker_max_batch_tokens)
         self._resident = Resident(model.layers, self._place, self.max_loras)
         self._files: dict[Adapter, AdapterFiles] = {}
-        self._waiting: deque[Group] = deque()
+        self._waiting = Waiting(
+            self._resident, max_batch=self._max_batch, pass_tokens=settings.worker_max_batch_tokens
+        )
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._closed = False
@@ -100,6 +101,8 @@ class Engine:
         future: Future[T] = Future()
 
         def answer() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except Exception as exc:  # noqa: BLE001 - carried to the caller
@@ -150,7 +153,7 @@ class Engine:
 
     def _step(self) -> None:
         self._leave_cancelled()
-        groups = self._admit()
+        groups = self._waiting.admit(len(self._batch), self._refuse)
         if groups:
             self._attempt(_members(groups), lambda: self._prefill(groups))
         if len(self._batch):
@@ -178,40 +181,6 @@ class Engine:
             if self._model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _admit(self) -> list[Group]:
-        """The next groups that fit in one prefill pass, first come first served."""
-        picked: list[Group] = []
-        while self._waiting and self._fits(picked, self._waiting[0]):
-            group = self._waiting[0]
-            try:
-                ready = group.adapter is None or self._resident.ensure(group.adapter)
-            except LoragateError as exc:
-                self._waiting.popleft()
-                self._fail(group.sequences, exc, claimed=False)
-                continue
-            if not ready:
-                break
-            self._waiting.popleft()
-            self._claim(group)
-            picked.append(group)
-        return picked
-
-    def _fits(self, picked: list[Group], group: Group) -> bool:
-        taken = len(self._batch) + len(_members(picked))
-        if taken + len(group.sequences) > self._max_batch:
-            return False
-        if not picked:
-            return True
-        # Padded to the longest; those that want prompt logprobs are read apart from the rest.
-        longest = max(len(group.prompt), *(len(other.prompt) for other in picked))
-        alike = (group.prompt_logprobs is None) == (picked[0].prompt_logprobs is None)
-        return alike and longest * (len(picked) + 1) <= self._pass_tokens
-
-    def _claim(self, group: Group) -> None:
-        if group.adapter is not None:
-            for _ in group.sequences:
-                self._resident.claim(group.adapter)
-
     def _enqueue(
         self,
         ticket: Ticket,
@@ -219,20 +188,33 @@ class Engine:
         params: SamplingParams,
         adapter: Adapter | None,
     ) -> None:
+        try:
+            groups = list(self._groups(ticket, prompts, params, adapter))
+        except Exception as exc:  # noqa: BLE001 - one request is not the engine
+            ticket.fail(StepFailed(f"This request could not be prepared: {exc}"))
+            self._notify({ticket})
+            return
+        for group in groups:
+            self._waiting.append(group)
+
+    def _groups(
+        self,
+        ticket: Ticket,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        adapter: Adapter | None,
+    ) -> Iterator[Group]:
         for place, prompt in enumerate(prompts):
             # More samples than rows are read in several goes.
             for begin in range(0, params.n, self._max_batch):
-                samples = range(begin, min(begin + self._max_batch, params.n))
-                sequences = [
-                    Sequence(
-                        ticket, place * params.n + sample, prompt, params, adapter, self.tokens
-                    )
-                    for sample in samples
-                ]
-                for sample, sequence in zip(samples, sequences, strict=True):
+                sequences = []
+                for sample in range(begin, min(begin + self._max_batch, params.n)):
+                    index = place * params.n + sample
+                    one = Sequence(ticket, index, prompt, params, adapter, self.tokens)
                     seed = None if params.seed is None else params.seed + sample
-                    sequence.prepare(seed, self.limits.vocab_size, self._model.device)
-                self._waiting.append(Group(prompt, sequences, adapter))
+                    one.prepare(seed, self.limits.vocab_size, self._model.device)
+                    sequences.append(one)
+                yield Group(prompt, sequences, adapter)
 
     def _settle(self, sequences: list[Sequence]) -> None:
         """Tell everyone their news and take out who is done."""
@@ -261,8 +243,10 @@ class Engine:
         gone = {one for one in self._batch.sequences if one.ticket.cancelled}
         self.counters.finished("abort", len(gone))
         self._leave(gone)
-        if any(group.ticket.cancelled for group in self._waiting):
-            self._waiting = deque(g for g in self._waiting if not g.ticket.cancelled)
+        self._waiting.drop({group.ticket for group in self._waiting if group.ticket.cancelled})
+
+    def _refuse(self, group: Group, error: LoragateError) -> None:
+        self._fail(group.sequences, error, claimed=False)
 
     def _fail(
         self, sequences: list[Sequence], error: LoragateError, *, claimed: bool = True
@@ -274,7 +258,7 @@ class Engine:
         if len(running) == len(self._batch):
             self._batch.clear()
         self._leave(lost)
-        self._waiting = deque(g for g in self._waiting if g.ticket not in tickets)
+        self._waiting.drop(tickets)
         self.counters.finished("error", len(lost | set(sequences)))
         for ticket in tickets:
             ticket.fail(error)
