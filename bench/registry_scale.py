@@ -248,13 +248,20 @@ def write(rows: list[dict[str, Any]]) -> Path:
         }
         for row in rows
     ]
-    record = {"date": today, "machine": machine.in_words(), "moves": MOVES, "rows": rounded}
+    record = {
+        "date": today,
+        "machine": machine.in_words(),
+        "load_average": round(machine.load_average(), 1),
+        "moves": MOVES,
+        "rows": rounded,
+    }
     (RESULTS / "registry.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     page = RESULTS / "registry.md"
     lines = [
         "# The registry at 100,000 adapter versions",
         "",
-        f"{today}. {machine.in_words()}. {MOVES} alias moves a row; one run, one process a row.",
+        f"{today}. {machine.in_words()}; load average {machine.load_average():.1f}. "
+        f"{MOVES} alias moves a row; one run, one process a row.",
         "",
         "| Database | Registry | First publish, s | Resident, MB | Move served here, ms "
         "(median / max) | by another gateway, ms (median / max) |",
