@@ -241,13 +241,7 @@ def write(rows: list[dict[str, Any]]) -> Path:
     """The two result files; the answer is the one for people."""
     RESULTS.mkdir(exist_ok=True)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    rounded = [
-        {
-            name: round(value, 2) if isinstance(value, float) else value
-            for name, value in row.items()
-        }
-        for row in rows
-    ]
+    rounded = [{name: _rounded(value) for name, value in row.items()} for row in rows]
     record = {
         "date": today,
         "machine": machine.in_words(),
