@@ -18,6 +18,7 @@ from app.clock import SystemClock
 from app.control import embedded
 from app.control.declared import sync_declared
 from app.control.driver import Driver
+from app.control.tasks import sweep
 from app.control.tasks.flush_usage import FlushUsage
 from app.control.tasks.publish import Publish
 from app.control.tasks.reap import Reap
@@ -75,7 +76,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     probe = driver.add("probe", fleet.probe, settings.health_period_s)
     fleet.on_change = probe.wake
     driver.add("flush_usage", flush.activate, settings.flush_usage_period_s)
-    driver.add("sweep", Sweep(db, store).activate, settings.reap_period_s)
+    driver.add("sweep", Sweep(db, store).activate, sweep.PERIOD_S)
     rooms = Rooms(
         settings=settings,
         clock=clock,
