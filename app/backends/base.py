@@ -131,7 +131,7 @@ class Reply:
         while size < limit and (data := await self.next()):
             parts.append(data)
             size += len(data)
-        return parts[0] if len(parts) == 1 else b"".join(parts)[:limit]
+        return b"".join(parts)[:limit]
 
     def close(self) -> None:
         """End the reply. A body that is not complete is cut off, which cancels it upstream."""

@@ -89,17 +89,18 @@ class Response:
 
     async def pipe(self, sink: Sink) -> None:
         """Push bytes into `sink` from the moment they arrive, until the end."""
-        if self._chunks and (blocked := sink.push(self.take())) is not None:
-            await blocked
+        while self._chunks:  # read ahead until now, and while the sink was blocked
+            blocked = sink.push(self.take())
+            if blocked is not None:
+                await blocked
         self._sink = sink
-        while self._chunks or not self.complete:
-            if self._error is not None:
-                raise self._error
-            if self._chunks:  # they came while the sink was blocked
-                self._pushed(self.take())
-                continue
+        while not self.complete and self._error is None:
             self._waiter = self._loop.create_future()
             await self._waiter
+        if self._chunks:  # they came with the end
+            sink.push(self.take())
+        if self._error is not None:
+            raise self._error
 
     def _pushed(self, data: bytes) -> None:
         assert self._sink is not None
@@ -231,7 +232,7 @@ class Connection(asyncio.Protocol):
     def _body_received(self, response: Response) -> None:
         self.deadline = self.client.tick + self.client.idle_ticks
         if self._head is not None:
-            if self._length is None or self._length > WHOLE_BYTES:
+            if self._length is None or self._length > self.client.whole_bytes:
                 self._hand_over(response)
         elif response._chunks:
             if response._sink is not None:
@@ -247,7 +248,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
         response = self._response
-        if response is not None and self._in_body and self._length is None and not self._chunked:
+        unmeasured = self._in_body and self._length is None and not self._chunked
+        if response is not None and unmeasured and exc is None:
             self._finish(response)  # a body without a length ends with the connection
         elif response is not None:
             reason = "closed the connection" if exc is None else f"reset the connection ({exc})"
@@ -274,9 +276,12 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         response = self._response
         assert response is not None
+        if not 100 <= status < 600:
+            raise ValueError(f"status {status}")
         if status < 200:  # an interim answer; the real one follows
             self._headers.clear()
             self._length = None
+            self._chunked = False
             return
         response.status = status
         self._in_body = True
@@ -339,6 +344,7 @@ class Client:
         self.tick = 0
         self.first_byte_ticks = ceil(limits.first_byte_s / TICK_S) + 1
         self.idle_ticks = ceil(limits.idle_s / TICK_S) + 1
+        self.whole_bytes = min(WHOLE_BYTES, limits.read_ahead_bytes)
         self._keep_alive_ticks = ceil(limits.keep_alive_s / TICK_S)
         self._host = host
         self._port = port
@@ -346,7 +352,7 @@ class Client:
         self._idle: list[Connection] = []
         self._busy: set[Connection] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._connecting = 0
+        self._free = limits.connections
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -362,6 +368,10 @@ class Client:
             UpstreamBroke: the connection died, or what came was not HTTP.
         """
         while True:
+            if self._free:
+                self._free -= 1
+            else:
+                await self._turn()
             connection = self._take() or await self._open()
             self._busy.add(connection)
             head, response = connection.exchange(message)
@@ -383,25 +393,37 @@ class Client:
                 return connection
         return None
 
-    async def _open(self) -> Connection:
-        while len(self._busy) + len(self._idle) + self._connecting >= self.limits.connections:
-            waiter = self.loop.create_future()
-            self._waiting.append(waiter)
-            try:
-                await waiter
-            finally:
-                if waiter in self._waiting:
-                    self._waiting.remove(waiter)
-            if (connection := self._take()) is not None:
-                return connection
-        self._connecting += 1
+    async def _turn(self) -> None:
+        """Wait, first come first served, until an exchange ends and leaves its place."""
+        place = self.loop.create_future()
+        self._waiting.append(place)
         try:
-            return await self._connect()
-        except BaseException:
-            self._let_one_in()
+            await place
+        except asyncio.CancelledError:
+            if not place.cancelled():
+                self._leave()  # it was given, but nobody is there to use it
             raise
-        finally:
-            self._connecting -= 1
+
+    def _leave(self) -> None:
+        """Give a place to whoever waits longest."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._free += 1
+
+    async def _open(self) -> Connection:
+        if self._timer is None:
+            self._timer = self.loop.call_later(TICK_S, self._ticked)
+        try:
+            connection = await self._connect()
+            if not connection.usable:
+                raise UpstreamRefused(f"replica {self.name} closed a new connection at once")
+        except BaseException:
+            self._leave()
+            raise
+        return connection
 
     async def _connect(self) -> Connection:
         try:
@@ -413,39 +435,27 @@ class Client:
             raise UpstreamRefused(
                 f"replica {self.name} did not accept a connection in time"
             ) from exc
-        except OSError as exc:
-            raise UpstreamRefused(
-                f"replica {self.name} cannot be reached: {exc.strerror or exc}"
-            ) from exc
-        if self._timer is None and not self._closed:
-            self._timer = self.loop.call_later(TICK_S, self._ticked)
+        except (OSError, UnicodeError) as exc:  # the latter: no host can have that name
+            reason = getattr(exc, "strerror", None) or exc
+            raise UpstreamRefused(f"replica {self.name} cannot be reached: {reason}") from exc
         return connection
 
     def finished(self, connection: Connection, *, reusable: bool) -> None:
-        """An exchange ended."""
-        self._busy.discard(connection)
+        """An exchange ended, or an idle connection broke the rules."""
         if reusable and not self._closed:
             connection.deadline = self.tick + self._keep_alive_ticks
             self._idle.append(connection)
         elif not connection._closed:
             connection._closed = True
             connection.transport.close()
-        if self._waiting:
-            self._let_one_in()
+        if connection in self._busy:
+            self._busy.remove(connection)
+            self._leave()
 
     def lost(self, connection: Connection) -> None:
         """A connection closed."""
-        self._busy.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
-        self._let_one_in()
-
-    def _let_one_in(self) -> None:
-        while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
 
     def _ticked(self) -> None:
         self.tick += 1
@@ -455,7 +465,7 @@ class Client:
         for connection in stale:
             self._idle.remove(connection)
             connection.transport.close()
-        if self._busy or self._idle or self._connecting:
+        if self._idle or self._free < self.limits.connections:
             self._timer = self.loop.call_later(TICK_S, self._ticked)
         else:
             self._timer = None
@@ -463,7 +473,7 @@ class Client:
     def close(self) -> None:
         """Close idle connections now, and busy ones as they finish."""
         self._closed = True
-        if self._timer is not None and not self._busy:
+        if self._timer is not None and self._free == self.limits.connections:
             self._timer.cancel()
             self._timer = None
         for connection in self._idle:
