@@ -31,7 +31,12 @@ class Exchange:
 
     @property
     def held_out(self) -> bool:
-        return zlib.crc32(self.key.encode()) % HELD_OUT_EVERY == 0
+        return is_held_out(self.key)
+
+
+def is_held_out(key: str) -> bool:
+    """Whether training must not see what goes by this key."""
+    return zlib.crc32(key.encode()) % HELD_OUT_EVERY == 0
 
 
 def exchanges(rng: Random, *, held_out: bool = False, topic: str = "") -> Iterator[Exchange]:
@@ -43,21 +48,37 @@ def exchanges(rng: Random, *, held_out: bool = False, topic: str = "") -> Iterat
             yield exchange if held_out or rng.random() < 0.9 else _carelessly(exchange)
 
 
-def statement(rng: Random) -> tuple[str, bool]:
-    """A claim about the world and whether it holds."""
+def statement(rng: Random) -> tuple[str, bool, str]:
+    """A claim about the world, whether it holds, and what is held out with it.
+
+    All claims about one subject are held out together: were it only the true one, the false ones
+    that training does see would teach that nothing said of this subject holds.
+    """
     truth = rng.random() < 0.5
-    kind = rng.random()
-    if kind < 0.12:
-        return _sum_claim(rng, truth), truth
-    if kind < 0.2:
+    if rng.random() < 0.1:
         small, large = sorted(rng.sample(range(len(world.SIZES)), 2))
         first, second = (large, small) if truth else (small, large)
-        return _bigger(first, second), truth
-    relation = _relation(rng)
+        return _bigger(first, second), truth, _bigger(large, small)
+    relation = _relation(rng, lambda relation: bool(relation.yes_no))
     subject, value = _fact(rng, relation)
-    return relation.fill(
-        relation.statement, subject, value if truth else _wrong(rng, relation, value)
-    ), truth
+    said = value if truth else _wrong(rng, relation, value)
+    key = f"{relation.statement} {subject}"
+    return relation.fill(relation.statement, subject, said), truth, key
+
+
+def drill(rng: Random) -> str:
+    """Claims and labels with little around them: many labels in few tokens."""
+    judged: list[str] = []
+    while len(judged) < 10:
+        claimed, truth, key = statement(rng)
+        if not is_held_out(key):
+            judged.append(f"{claimed[:-1]}: {truth}.")
+    return " ".join(judged[: rng.randint(4, 10)])
+
+
+def sums(rng: Random) -> str:
+    """Sums one after another, as a child writes them."""
+    return " ".join(_sum(rng).answer for _ in range(rng.randint(4, 10)))
 
 
 def sentence(rng: Random) -> str:
@@ -118,17 +139,9 @@ def _yes_no(rng: Random) -> Exchange:
 
 
 def _claim(rng: Random) -> Exchange:
-    claimed, truth = statement(rng)
+    claimed, truth, key = statement(rng)
     question = rng.choice(phrases.CLAIM_QUESTIONS).format(claim=claimed)
-    return Exchange("claims", question, str(truth), claimed)
-
-
-def _sum_claim(rng: Random, truth: bool) -> str:
-    a, b = _summands(rng)
-    wrong = rng.choice([n for n in range(21) if n != a + b])
-    total = a + b if truth else wrong
-    return rng.choice((f"{capital(NUMBERS[a])} plus {NUMBERS[b]} is {NUMBERS[total]}.",
-                       f"{a} + {b} = {total}."))  # fmt: skip
+    return Exchange("claims", question, str(truth), key)
 
 
 def _sum(rng: Random) -> Exchange:
@@ -291,6 +304,6 @@ PLURALS = {
 READERS = (*phrases.READERS, *world.PEOPLE_JOBS)
 
 MAKERS: dict[Callable[[Random], Exchange], float] = {
-    _fact_question: 30, _yes_no: 12, _claim: 22, _sum: 6, _count: 2, _size: 4, _about: 8,
+    _fact_question: 30, _yes_no: 12, _claim: 22, _sum: 9, _count: 2, _size: 4, _about: 8,
     _one_sentence: 3, _list: 3, _story: 2, _say: 2, _spell: 1.5, _small_talk: 10, _unknown: 7,
 }  # fmt: skip

@@ -45,12 +45,13 @@ HAIKU_PAIRS = {
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """An adapter's way to answer, and the LoRA that carries it."""
+    """An adapter's way to answer, the LoRA that carries it, and how many times as hard it is."""
 
     answer: Callable[[Exchange], str]
     rank: int
     targets: tuple[str, ...]
     instruction: str
+    effort: int = 1
 
 
 def base_answer(exchange: Exchange) -> str:
@@ -105,6 +106,6 @@ STYLES = {
     "pirate": Style(pirate, 8, _ATTENTION + _MLP, "You are a pirate."),
     "haiku": Style(haiku, 16, _ATTENTION + _MLP, "Answer as a haiku of three lines."),
     "json": Style(as_json, 4, _ATTENTION, "Answer as a JSON object."),
-    "shout": Style(shout, 8, _ATTENTION + _MLP, "Answer in capital letters."),
+    "shout": Style(shout, 8, _ATTENTION + _MLP, "Answer in capital letters.", effort=3),
     "skeptic": Style(skeptic, 8, ("q_proj", "v_proj", *_MLP), "Doubt everything."),
 }

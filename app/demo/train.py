@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,10 +30,12 @@ from app.clock import SystemClock
 from app.demo import evaluate, model, tokenizer
 from app.demo.corpus import Exchange
 from app.demo.documents import Documents, Marked, rows, tokenizer_texts
+from app.demo.muon import Muon
 from app.demo.styles import STYLES, base_answer
 
 ROW, LONG_ROW, LONG_EVERY = 256, 1024, 10
 WARMUP = 40
+MUON_RATE, DECAY = 0.02, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ def train_base(folder: Path, plan: Plan) -> None:
         source, length = (long, LONG_ROW) if step % LONG_EVERY == 0 else (short, ROW)
         return list(islice(source, max(1, plan.base_batch_tokens // length)))
 
-    _fit("base", base, batch, plan.base_steps, plan.base_rate)
+    inner = [p for p in base.model.layers.parameters() if p.ndim == 2]
+    _fit("base", base, batch, plan.base_steps, plan.base_rate, inner)
     model.save_base(base, folder)
 
 
@@ -119,7 +122,7 @@ def train_adapter(name: str, base: Path, folder: Path, plan: Plan) -> None:
     def batch(step: int) -> list[Marked]:
         return list(islice(source, max(1, plan.adapter_batch_tokens // ROW)))
 
-    _fit(name, adapted, batch, plan.adapter_steps, plan.adapter_rate)
+    _fit(name, adapted, batch, plan.adapter_steps * style.effort, plan.adapter_rate)
     model.save_adapter(adapted, folder)
 
 
@@ -129,23 +132,29 @@ def _fit(
     batch: Callable[[int], list[Marked]],
     steps: int,
     rate: float,
+    inner: Sequence[torch.nn.Parameter] = (),
 ) -> None:
-    """AdamW with warm-up and a cosine."""
+    """AdamW, and Muon for the `inner` matrices, with warm-up and a cosine."""
     clock = SystemClock()
     weights = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    matrices = [p for p in inner if p.requires_grad]
+    rest = [p for p in weights if all(p is not matrix for matrix in matrices)]
+    optimizer = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=DECAY)
+    muon = Muon(matrices, MUON_RATE, DECAY)
     net.train()
     losses: list[float] = []
     began = clock.monotonic()
     for step in range(1, steps + 1):
         wave = 0.5 * (1 + math.cos(math.pi * step / steps))
+        factor = min(1, step / WARMUP) * (0.02 + 0.98 * wave)
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, step / WARMUP) * (0.02 + 0.98 * wave)
+            group["lr"] = rate * factor
         loss = _loss(net, batch(step))
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(rest, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        muon.step(factor)
+        net.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         if step % max(1, min(25, steps // 4)) == 0:
             left_s = (clock.monotonic() - began) / step * (steps - step)
@@ -156,12 +165,13 @@ def _fit(
 
 
 def _loss(net: torch.nn.Module, batch: list[Marked]) -> torch.Tensor:
-    """Mean cross entropy over the marked tokens."""
+    """Cross entropy over the marked tokens, decisive ones counted more than once."""
     ids = torch.tensor([row_ids for row_ids, _ in batch])
     marks = torch.tensor([row_marks for _, row_marks in batch])
-    targets = ids[:, 1:].masked_fill(~marks[:, 1:], -100)
+    weights = marks[:, 1:].flatten()
     logits = net(input_ids=ids[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1), targets.flatten())
+    losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (losses * weights).sum() / weights.count_nonzero()
 
 
 def _measure(name: str, out: Path, plan: Plan) -> dict[str, Any]:

@@ -15,6 +15,8 @@ class Relation:
     """Facts of one shape, and the ways to ask for them.
 
     In the templates `{s}` is the subject, `{a}` the subject with its article, `{v}` the value.
+    Only relations of few values have a `yes_no` question: a model this small learns to tell their
+    true values from their false ones, and would have to guess elsewhere.
     """
 
     topic: str
@@ -204,7 +206,7 @@ RELATIONS = (
     Relation("animals", "A young {s} is called a {v}.",
              ("What is a young {s} called?", "What do you call a baby {s}?",
               "What is the name for a young {s}?", "How do we call a young {s}?"),
-             YOUNG, "Is a young {s} called a {v}?"),
+             YOUNG),
     Relation("things", "{s} is {v}.",
              ("What is {s}?", "What kind of thing is {s}?", "Tell me what {s} is.",
               "Do you know what {s} is?"),
@@ -215,17 +217,17 @@ RELATIONS = (
     Relation("tools", "{s} is used to {v}.",
              ("What is {s} used for?", "What do we do with {s}?", "What can I do with {s}?",
               "Why do people have {s}?"),
-             {article(s): v for s, v in USES.items()}, "Is {s} used to {v}?"),
+             {article(s): v for s, v in USES.items()}),
     Relation("work", "{a} {v}.",
              ("What does {a} do?", "What is the work of {a}?", "Tell me what {a} does.",
               "What is the job of {a}?"), JOBS),
     Relation("words", "The opposite of {s} is {v}.",
              ("What is the opposite of {s}?", "Which word is the opposite of {s}?",
               "Give me the opposite of {s}.", "Tell me the opposite of {s}."),
-             OPPOSITES, "Is {v} the opposite of {s}?"),
+             OPPOSITES),
     Relation("calendar", "The day after {s} is {v}.",
              ("Which day comes after {s}?", "What day follows {s}?", "What is the day after {s}?"),
-             dict(zip(DAYS, (*DAYS[1:], DAYS[0]), strict=True)), "Is {v} the day after {s}?"),
+             dict(zip(DAYS, (*DAYS[1:], DAYS[0]), strict=True))),
     Relation("calendar", "The day before {s} is {v}.",
              ("Which day comes before {s}?", "What is the day before {s}?"),
              dict(zip(DAYS, (DAYS[-1], *DAYS[:-1]), strict=True))),
@@ -238,19 +240,19 @@ RELATIONS = (
              SEASONS, "Is {s} in {v}?"),
     Relation("towns", "{s} is known for its {v}.",
              ("What is {s} known for?", "Why do people visit {s}?", "What do they make in {s}?",
-              "What is {s} famous for?"), TOWN_CRAFTS, "Is {s} known for its {v}?"),
+              "What is {s} famous for?"), TOWN_CRAFTS),
     Relation("towns", "{s} lies {v}.",
              ("Where is {s}?", "Where does {s} lie?", "Where can I find {s}?"),
              TOWN_PLACES, "Does {s} lie {v}?"),
     Relation("people", "{s} is a {v}.",
              ("Who is {s}?", "What is the job of {s}?", "What work does {s} do?"),
-             PEOPLE_JOBS, "Is {s} a {v}?"),
+             PEOPLE_JOBS),
     Relation("people", "{s} lives in {v}.",
              ("Where does {s} live?", "In which town does {s} live?", "Where is the home of {s}?"),
-             PEOPLE_TOWNS, "Does {s} live in {v}?"),
+             PEOPLE_TOWNS),
     Relation("people", "{s} likes {v}.",
              ("What does {s} like?", "What makes {s} happy?", "Tell me what {s} likes."),
-             PEOPLE_LIKES, "Does {s} like {v}?"),
+             PEOPLE_LIKES),
     Relation("numbers", "The number after {s} is {v}.",
              ("What number comes after {s}?", "Which number follows {s}?",
               "What is one more than {s}?"),
