@@ -12,13 +12,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
 class LoopThread:
     """Runs until `close`, which fails if a task was left behind."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, loop_factory: LoopFactory | None = None) -> None:
         self.name = name
+        self._loop_factory = loop_factory
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._left: list[str] = []
@@ -46,7 +48,7 @@ class LoopThread:
         assert not self._left, f"tasks left behind by {self.name}: {self._left}"
 
     def _main(self) -> None:
-        with asyncio.Runner() as runner:
+        with asyncio.Runner(loop_factory=self._loop_factory) as runner:
             self.loop = runner.get_loop()
             runner.run(self._until_stopped())
 

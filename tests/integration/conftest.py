@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.fakes.upstream import FakeUpstream
-from tests.integration.gateway import Gateway, StartGateway, StartUpstream, Workbench
+from tests.integration.gateway import Door, Gateway, StartGateway, StartUpstream, Workbench
 from tests.waiting import wait_until
 
 
@@ -40,7 +40,15 @@ def upstream(start_upstream: StartUpstream) -> FakeUpstream:
 
 
 @pytest.fixture
-def start_gateway(workbench: Workbench, start_upstream: StartUpstream) -> Iterator[StartGateway]:
+def door() -> Door:
+    """As `loragate serve` listens; modules that look at the wire ask for the others too."""
+    return "direct"
+
+
+@pytest.fixture
+def start_gateway(
+    workbench: Workbench, start_upstream: StartUpstream, door: Door
+) -> Iterator[StartGateway]:
     """Start gateways: `start_gateway(*replica_urls, **settings)`; `ready=False` does not wait.
 
     They end before the replicas do.
@@ -48,7 +56,7 @@ def start_gateway(workbench: Workbench, start_upstream: StartUpstream) -> Iterat
     started: list[Gateway] = []
 
     def start(*replicas: str, ready: bool = True, **overrides: Any) -> Gateway:
-        gateway = Gateway(workbench.settings(*replicas, **overrides))
+        gateway = Gateway(workbench.settings(*replicas, **overrides), door)
         started.append(gateway)
         if ready:
             wait_until(gateway.ready)

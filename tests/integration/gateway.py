@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import uvicorn
+import uvloop
 
+from app.api.direct import DirectProtocol
 from app.main import create_app
 from app.settings import PoolSettings, Settings
 from tests.fakes.adapters import write_adapter, write_base
@@ -29,17 +31,24 @@ from tests.waiting import wait_until
 
 BASE = "tiny"
 
+#: `loragate serve` gives uvicorn a protocol and a loop of its own choice; `uvicorn app.main:app`
+#: has what comes with uvicorn. What a client sees must be the same.
+Door = Literal["direct", "asgi"]
+DOORS: tuple[Door, ...] = ("direct", "asgi")
+
 StartGateway = Callable[..., "Gateway"]
 StartUpstream = Callable[..., FakeUpstream]
 
 
 class Gateway:
-    """One running gateway. `client` is an admin's httpx client without a key."""
+    """One running gateway. `client` is an admin's httpx client; `door` is how it listens."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, door: Door = "direct") -> None:
         self.settings = settings
-        self._thread = LoopThread("gateway")
-        self._socket = socket.socket()
+        direct = door == "direct"
+        self._thread = LoopThread("gateway", uvloop.new_event_loop if direct else None)
+        # Said to be TCP, as the address look-up would: else asyncio leaves Nagle's delay on.
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -47,14 +56,14 @@ class Gateway:
         with _logging_kept():
             config = uvicorn.Config(
                 create_app(settings),
-                http="httptools",
+                http=DirectProtocol if direct else "httptools",
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=5,
             )
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         self._served: Future[None] = asyncio.run_coroutine_threadsafe(
             self._serve(), self._thread.loop
         )
@@ -119,6 +128,15 @@ class Gateway:
         path = "/v1/models" if "inference" in scopes else "/admin/keys"
         wait_until(lambda: self.client.get(path, headers=headers).status_code == 200)
         return key
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but it looks every few milliseconds whether it should end."""
+
+    async def main_loop(self) -> None:
+        while not self.should_exit:
+            await self.on_tick(0)
+            await asyncio.sleep(0.005)
 
 
 class Workbench:

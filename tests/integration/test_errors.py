@@ -11,8 +11,10 @@ import pytest
 
 from tests.fakes.faults import Status
 from tests.fakes.upstream import FakeUpstream, refused_url
-from tests.integration.gateway import BASE, Gateway, StartGateway
+from tests.integration.gateway import BASE, DOORS, Gateway, StartGateway
 from tests.integration.wire import Wire
+
+pytestmark = pytest.mark.parametrize("door", DOORS)
 
 CHAT = "/v1/chat/completions"
 PATHS = (

@@ -10,8 +10,10 @@ import pytest
 
 from tests.fakes.faults import Raw, Status
 from tests.fakes.upstream import FakeUpstream
-from tests.integration.gateway import BASE, Gateway, StartGateway, StartUpstream
+from tests.integration.gateway import BASE, DOORS, Gateway, StartGateway, StartUpstream
 from tests.integration.wire import Wire
+
+pytestmark = pytest.mark.parametrize("door", DOORS)
 
 CHAT = "/v1/chat/completions"
 ODD_JSON = (

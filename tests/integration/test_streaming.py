@@ -11,10 +11,12 @@ import pytest
 
 from tests.fakes.faults import Flood, Slow, Stall
 from tests.fakes.upstream import FakeUpstream
-from tests.integration.gateway import BASE, Gateway
+from tests.integration.gateway import BASE, DOORS, Gateway
 from tests.integration.test_faults import inflight
 from tests.integration.wire import Wire
 from tests.waiting import until, wait_until
+
+pytestmark = pytest.mark.parametrize("door", DOORS)
 
 CHAT = "/v1/chat/completions"
 ASK: Any = [{"role": "user", "content": "one two three four five six"}]
