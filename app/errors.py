@@ -14,7 +14,6 @@
     │   ├── Conflict                     conflict
     │   └── AdapterRejected              adapter_rejected
     ├── NoReplicaAvailable               no_replica_available
-    ├── ShuttingDown                     shutting_down
     ├── AdapterLoadFailed                adapter_load_failed
     ├── UpstreamError                    what a model server did
     │   ├── UpstreamRefused              upstream_unavailable   nothing arrived: retry is safe
@@ -146,13 +145,6 @@ class NoReplicaAvailable(LoragateError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-class ShuttingDown(LoragateError):
-    """The gateway is draining and takes no new requests."""
-
-    code = "shutting_down"
-    retry_after_s = 1
 
 
 class AdapterLoadFailed(LoragateError):

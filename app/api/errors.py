@@ -42,7 +42,6 @@ KINDS: dict[type[errors.LoragateError], tuple[int, str]] = {
     errors.Conflict: (409, _CALLER),
     errors.AdapterRejected: (422, _CALLER),
     errors.NoReplicaAvailable: (503, _SERVER),
-    errors.ShuttingDown: (503, _SERVER),
     errors.AdapterLoadFailed: (502, _SERVER),
     errors.UpstreamError: (502, _SERVER),
     errors.UpstreamRefused: (503, _SERVER),
