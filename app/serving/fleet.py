@@ -90,8 +90,8 @@ class LiveReplica:
             del self.inflight_by_name[upstream_name]
 
     def turned(self, state: ReplicaState, reason: str) -> None:
-        """Note a change of state; one that changes nothing is not worth a line."""
-        if state is not self.state:
+        """Note a change of state, if it is one: a replica that departed stays so."""
+        if state is not self.state and self.state is not ReplicaState.DRAINING:
             log(
                 logger,
                 logging.INFO if state is ReplicaState.HEALTHY else logging.WARNING,
@@ -143,6 +143,7 @@ class Fleet:
         self._pools: dict[str, Pool] = {}
         self._paths: dict[tuple[str, str], str] = {}
         self._tasks = asyncio.TaskGroup()
+        self._loading: set[asyncio.Task[None]] = set()
         self._departing: set[LiveReplica] = set()
         self.loads: dict[tuple[str, str], int] = {}
         self.on_change: Callable[[], None] = lambda: None
@@ -152,9 +153,8 @@ class Fleet:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for replica in self._replicas.values():
-            for load in replica.loads.values():
-                load.cancel()
+        for task in self._loading:
+            task.cancel()
         await self._tasks.__aexit__(None, None, None)
         for replica in [*self._replicas.values(), *self._departing]:
             await replica.backend.close()
@@ -244,7 +244,9 @@ class Fleet:
         load = replica.loads.get(name)
         if load is None:
             load = replica.loads[name] = asyncio.get_running_loop().create_future()
-            self._tasks.create_task(self._load(replica, name, path, load))
+            task = self._tasks.create_task(self._load(replica, name, path, load))
+            self._loading.add(task)
+            task.add_done_callback(self._loading.discard)
         # Shielded: the load goes on for the others when the request that began it leaves.
         await asyncio.shield(load)
 
@@ -279,7 +281,8 @@ class Fleet:
         except LoragateError as exc:
             self._count_load(replica, "failed")
             if isinstance(exc, AdapterLoadFailed):
-                replica.refused[(name, path)] = (started + REFUSAL_S, str(exc))
+                until = self._clock.monotonic() + REFUSAL_S
+                replica.refused[(name, path)] = (until, str(exc))
             _settle(load, exc)
         except Exception:  # one load must not end the task group of all
             logger.exception(Event.REQUEST_CRASHED.value)
