@@ -51,6 +51,7 @@ class Registration:
     """What to register. `create`: True a new adapter, False a new version, None whichever.
 
     `base_model` may be left out when there is one pool, or when adapter_config.json names one.
+    `by` is the id of the key that asks, for the log; None is the gateway itself.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Registration:
     alias: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     create: bool | None = None
+    by: str | None = None
 
 
 async def register(rooms: Rooms, request: Registration) -> Registered:
@@ -81,6 +83,7 @@ async def register(rooms: Rooms, request: Registration) -> Registered:
         created=registered.created,
         digest=admitted.digest,
         base_model=admitted.base_model,
+        by=request.by,
     )
     return registered
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import socket
 import tarfile
 import zipfile
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from app.settings import Settings
+from app.telemetry import Event
 from tests.fakes.upstream import FakeUpstream
 from tests.integration.gateway import BASE, Gateway, StartGateway, Workbench
 
@@ -315,6 +317,38 @@ def test_delete_an_adapter(gateway: Gateway, pirate: str, workbench: Workbench) 
     assert error(gateway.client.delete("/admin/adapters/pirate"), 404)
     again = gateway.register("pirate", workbench.adapter())
     assert again["version"]["number"] == 2  # a number is never given twice
+
+
+def test_the_log_says_who(
+    gateway: Gateway, workbench: Workbench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        key = gateway.create_key("admin")["id"]
+        folder = str(workbench.adapter())
+        gateway.client.post("/admin/adapters", json={"name": "a", "source": {"path": folder}})
+        upload(gateway, "b", tar(workbench.adapter()), TAR)
+        for name in ("a", "b"):
+            gateway.client.post(
+                f"/admin/adapters/{name}/versions",
+                content=tar(workbench.adapter()),
+                headers={"content-type": TAR},
+            )
+        loaded = {"lora_name": "c", "lora_path": str(workbench.adapter())}
+        gateway.client.post("/v1/load_lora_adapter", json=loaded)
+        gateway.client.put("/admin/adapters/a/aliases/prod", json={"version": 1})
+        gateway.client.post("/admin/adapters/a/rollback")
+        gateway.client.delete("/admin/adapters/a/aliases/prod")
+        gateway.client.delete("/admin/adapters/a/versions/2")
+        gateway.client.delete("/admin/adapters/b")
+        gateway.client.post("/v1/unload_lora_adapter", json={"lora_name": "c"})
+    logged = [(record.message, vars(record).get("fields", {})) for record in caplog.records]
+    said = [(event, fields["by"]) for event, fields in logged if event in CHANGES]
+    assert said == [
+        (event, key) for event in (CHANGES[:1] * 5 + CHANGES[1:2] * 3 + CHANGES[2:] * 3)
+    ]
+
+
+CHANGES = [Event.ADAPTER_REGISTERED, Event.ALIAS_MOVED, Event.ADAPTER_DELETED]
 
 
 def test_the_list_by_pages(gateway: Gateway, workbench: Workbench) -> None:

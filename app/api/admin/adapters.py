@@ -108,10 +108,12 @@ async def create(
         if name is None:
             raise InvalidRequest("An archive needs ?name= in the URL.", param="name")
         source = archive_of(request, rooms.settings.max_adapter_bytes)
-        wanted = Registration(name, source, base_model=base_model, alias=alias, create=True)
+        wanted = Registration(
+            name, source, base_model=base_model, alias=alias, create=True, by=admin.key_id
+        )
     else:
         given = await read_json(request, NewAdapter)
-        wanted = _from_json(given.name, given, create=True)
+        wanted = _from_json(given.name, given, admin, create=True)
     return registered_json(await register(rooms, wanted))
 
 
@@ -142,9 +144,12 @@ async def create_version(
     """
     if is_archive(request):
         source = archive_of(request, rooms.settings.max_adapter_bytes)
-        wanted = Registration(name, source, base_model=base_model, alias=alias, create=False)
+        wanted = Registration(
+            name, source, base_model=base_model, alias=alias, create=False, by=admin.key_id
+        )
     else:
-        wanted = _from_json(name, await read_json(request, NewVersion), create=False)
+        given = await read_json(request, NewVersion)
+        wanted = _from_json(name, given, admin, create=False)
     found = await register(rooms, wanted)
     if not found.created:
         response.status_code = 200
@@ -236,7 +241,7 @@ async def _deleted(rooms: Rooms, admin: Principal, what: str) -> None:
     rooms.reap.wake()
 
 
-def _from_json(name: str, given: NewVersion, *, create: bool) -> Registration:
+def _from_json(name: str, given: NewVersion, admin: Principal, *, create: bool) -> Registration:
     return Registration(
         name,
         given.source.source(),
@@ -244,4 +249,5 @@ def _from_json(name: str, given: NewVersion, *, create: bool) -> Registration:
         alias=given.alias,
         metadata=given.metadata or {},
         create=create,
+        by=admin.key_id,
     )

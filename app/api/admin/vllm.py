@@ -73,7 +73,8 @@ async def load(body: Load, rooms: InRooms, admin: Admin) -> PlainTextResponse:
     if not body.lora_name or not body.lora_path:
         raise InvalidRequest("Both 'lora_name' and 'lora_path' must be provided.")
     create = None if body.load_inplace else True
-    wanted = Registration(body.lora_name, _source(body.lora_path), create=create)
+    source = _source(body.lora_path)
+    wanted = Registration(body.lora_name, source, create=create, by=admin.key_id)
     try:
         await register(rooms, wanted)
     except Conflict as exc:
