@@ -99,6 +99,8 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     if await embedded.wanted(settings, db):
         worker = embedded.EmbeddedWorker(settings, clock)
         first = await embedded.declare_pool(worker, db, clock)
+    else:
+        await embedded.retire(db)
     await publish.activate()
     with suppress(TimeoutError):  # a replica that hangs must not hold up the others' gateway
         async with asyncio.timeout(_FIRST_PROBE_S):

@@ -91,7 +91,9 @@ class VllmBackend:
             return
         if status == 503:
             raise UpstreamError(f"the replica could not load {name} now: {message}")
-        raise AdapterLoadFailed(f"the replica refused to load {name}: {message}")
+        # The path says where our files lie, which is nobody's business outside.
+        told = message.replace(path, "its files")
+        raise AdapterLoadFailed(f"the replica refused to load {name}: {told}")
 
     async def unload_adapter(self, name: str) -> None:
         body = msgspec.json.encode({"lora_name": name})

@@ -235,7 +235,10 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> None:
 
 
 async def _pool_of(session: AsyncSession, base_model: str) -> str:
-    pool = await session.scalar(select(PoolRow.name).where(PoolRow.base_model == base_model))
+    # Shared with other registrations, exclusive with the pool's deletion, which counts adapters.
+    pool = await session.scalar(
+        select(PoolRow.name).where(PoolRow.base_model == base_model).with_for_update(read=True)
+    )
     if pool is None:
         raise NotFound(f"No pool serves the base model {base_model!r}.", param="base_model")
     return pool

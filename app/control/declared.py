@@ -2,7 +2,8 @@
 
 What comes in: `PoolSettings`. What goes out: the same pool and replicas as rows. Idempotent, and
 careful with what is not declared: a pool or replica added over the API is left alone, and a
-declared pool that went from the settings keeps its adapters and loses its replicas.
+declared pool that went from the settings keeps its adapters and loses its replicas. Settings
+that declare no pool at all change nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock, SystemClock
 from app.control import pools
-from app.db.engine import touch
+from app.db.engine import take_turns, touch
 from app.db.tables import PoolRow, ReplicaRow
 from app.domain import BaseModel
 from app.errors import ConfigurationError, RequestError
@@ -33,6 +34,9 @@ async def sync_declared(
     names = [pool.name for pool in settings.pools]
     if len(set(names)) != len(names):
         raise ConfigurationError("LORAGATE_POOLS names a pool twice.")
+    if not names:  # a gateway started by hand beside the others must not undo what they declared
+        return
+    await take_turns(session)
     for pool in settings.pools:
         await declare(session, clock or SystemClock(), pool)
     gone = select(ReplicaRow).where(ReplicaRow.declared, ReplicaRow.pool.not_in(names))

@@ -143,6 +143,14 @@ async def declare_pool(worker: EmbeddedWorker, db: Database, clock: Clock) -> bo
     return first
 
 
+async def retire(db: Database) -> None:
+    """Forget the worker of an earlier start: its address may be anybody's by now."""
+    async with db.begin() as session:
+        if any(view.pool.name == POOL for view in await pools.list_(session)):
+            for view in await pools.list_replicas(session, POOL):
+                await pools.remove_replica(session, view.replica.id, force=True)
+
+
 async def seed(rooms: Rooms) -> None:
     """Register the demo adapters."""
     for name, folder in demo.ADAPTERS.items():

@@ -133,6 +133,7 @@ async def update(session: AsyncSession, name: str, **changes: Any) -> PoolView:
 
 async def delete(session: AsyncSession, name: str) -> None:
     """Remove a pool and its replicas, once no adapter needs it."""
+    await session.execute(select(PoolRow.name).where(PoolRow.name == name).with_for_update())
     row = await _get(session, name)
     adapters = await session.scalar(
         select(func.count()).where(AdapterRow.pool == name, AdapterRow.deleted_at.is_(None))

@@ -35,6 +35,7 @@ _UNSTORABLE = "A value in the request is one that no name or number here can hav
 _DATA_EXCEPTION = "22"
 #: Any number, as long as no other program takes it on the same database.
 _MIGRATION_LOCK = 7_041_776
+_STARTUP_LOCK = 7_041_777
 
 
 def database_url(settings: Settings) -> str:
@@ -51,6 +52,12 @@ async def touch(session: AsyncSession, *rows: AdapterRow | KeyRow) -> None:
     """
     await session.flush()
     session.info.setdefault(_TOUCHED, []).extend(rows)
+
+
+async def take_turns(session: AsyncSession) -> None:
+    """Let only one gateway at a time go on, until its transaction ends: for work at startup."""
+    if session.get_bind().dialect.name == POSTGRESQL:
+        await session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _STARTUP_LOCK})
 
 
 class Database:

@@ -6,9 +6,17 @@ closes. Knows nothing of the client.
 
 from __future__ import annotations
 
+from functools import partial
+
 from app.backends.base import BufferedBody, Reply
 from app.domain import AdapterVersion, Route
-from app.errors import NoReplicaAvailable, UpstreamBroke, UpstreamError, UpstreamRefused
+from app.errors import (
+    AdapterLoadFailed,
+    NoReplicaAvailable,
+    UpstreamBroke,
+    UpstreamError,
+    UpstreamRefused,
+)
 from app.serving.fleet import Fleet, LiveReplica
 from app.serving.policies import least_inflight
 from app.serving.request import InferenceRequest
@@ -23,9 +31,9 @@ _COMPLAINT_BYTES = 1 << 20
 class Forwarder:
     """Sends a request to a replica of its route's pool.
 
-    Another replica is tried when nothing arrived at the first, or when it answered that it is
-    overloaded. A replica that lost an adapter we know to be registered (404) loads
-    it again and gets the request once more.
+    Another replica is tried when nothing arrived at the first, when it could not load the adapter,
+    or when it answered that it is overloaded. A replica that lost an adapter we know to be
+    registered (404) loads it again and gets the request once more.
     """
 
     def __init__(self, fleet: Fleet) -> None:
@@ -39,7 +47,8 @@ class Forwarder:
         UpstreamBroke: the replica died after the request was sent.
         """
         tried: list[str] = []
-        last: Reply | None = None
+        overloaded: Reply | None = None
+        failed: AdapterLoadFailed | None = None
         for _ in range(MAX_ATTEMPTS):
             replica = least_inflight(self.fleet.candidates(route.pool), tried)
             if replica is None:
@@ -50,20 +59,22 @@ class Forwarder:
             except UpstreamRefused as exc:
                 replica.release(route.upstream_name)
                 self.fleet.refused_connection(replica, exc)
-                tried.append(replica.id)
-                continue
+            except AdapterLoadFailed as exc:  # its own fault, perhaps: a store that is not mounted
+                replica.release(route.upstream_name)
+                failed = exc
             except BaseException:
                 replica.release(route.upstream_name)
                 raise
-            reply.replica = replica.id
-            reply.on_close(lambda replica=replica: replica.release(route.upstream_name))  # type: ignore[misc]
-            if reply.status not in _OVERLOADED:
-                return reply
-            last, _ = await buffered(reply)
+            else:
+                reply.replica = replica.id
+                reply.on_close(partial(replica.release, route.upstream_name))
+                if reply.status not in _OVERLOADED:
+                    return reply
+                overloaded, _ = await buffered(reply)
             tried.append(replica.id)
-        if last is not None:
-            return last
-        raise NoReplicaAvailable(
+        if overloaded is not None:
+            return overloaded
+        raise failed or NoReplicaAvailable(
             f"No replica of the pool {route.pool!r} can take a request for "
             f"{route.upstream_name!r} now. Try again shortly; GET /admin/replicas shows why."
         )

@@ -71,8 +71,13 @@ class UsageTap:
         return int(prompt[1]) if prompt else 0, int(completion[1]) if completion else 0
 
     def _look(self, data: bytes) -> None:
-        data = self._carry + data
+        if self._carry:
+            data = self._carry + data
         at = data.rfind(_KEY)
+        if at >= 0 and (whole := _WHOLE.match(data, at)):
+            self._found = whole[0][:_WINDOW]
+            self._carry = b"" if data.endswith(_EVENT_ENDS) else data[-len(_KEY) :]
+            return
         pending = at >= 0 and _PENDING.match(data, at)
         carry_from = at if pending else len(data) - len(_KEY)
         while at >= 0 and not _OBJECT.match(data, at):

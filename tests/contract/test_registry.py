@@ -368,7 +368,9 @@ async def test_declared_pools_become_rows_and_stay_themselves(
         "http://by-hand:1": False,
     }
     assert second.pool.max_loras == 2
-    gone = await synced(Settings())
+    assert await synced(Settings()) == second, "settings without any pool change nothing"
+    other = {"name": "q", "base_model": "other", "replicas": ["http://q:1"]}
+    gone = await synced(declared(tmp_path, other))
     assert [view.replica.url for view in gone.replicas] == ["http://by-hand:1"]
     for wrong in (pool | {"base_model": "other"}, pool | {"replicas": ["nonsense"]}):
         with pytest.raises(ConfigurationError, match="'p'"):
