@@ -61,7 +61,7 @@ class Registrations:
 def test_kill_9_during_registrations_and_under_load(
     serve: Serve, upstream: FakeUpstream, pool: dict[str, object], tmp_path: Path
 ) -> None:
-    served = serve(**pool, reap_period_s=0.2)
+    served = serve(**pool)
     served.start()
     numbers = count(1)
     acknowledged: dict[str, Path] = {}
@@ -79,6 +79,7 @@ def test_kill_9_during_registrations_and_under_load(
             served.process.kill()
         assert registrations.unexpected == []
         acknowledged |= registrations.acknowledged
+        _age(served.data_dir / "store")
         served.start()
         _check(served, upstream, acknowledged)
 
@@ -160,7 +161,9 @@ def _check(served: Served, upstream: FakeUpstream, acknowledged: dict[str, Path]
             assert sorted(path.name for path in kept.iterdir()) == list(FILES), model
             if model in acknowledged:
                 assert _hashes(kept) == _hashes(acknowledged[model]), model
-        _sweep_takes_the_rest(store, set(listed.values()))
+        # What the crash left beside them is collected, once it is too old to be wanted.
+        wait_until(lambda: {path.name for path in store.glob("??/*")} == set(listed.values()))
+        wait_until(lambda: list((store / "tmp").iterdir()) == [])
         for model in sorted(listed)[:: max(1, len(listed) // 10)]:
             answer = client.post("/v1/completions", json={"model": model, "prompt": "hi"})
             assert answer.status_code == 200, answer.text
@@ -169,13 +172,11 @@ def _check(served: Served, upstream: FakeUpstream, acknowledged: dict[str, Path]
             assert loaded.name == listed[model]
 
 
-def _sweep_takes_the_rest(store: Path, digests: set[str]) -> None:
-    """What the crash left beside them is collected, once it is too old to be wanted."""
+def _age(store: Path) -> None:
+    """Let time pass for everything in the store: nobody is registering it any more."""
     two_hours_ago = time.time() - 7200
     for path in (store, *store.rglob("*")):
         os.utime(path, (two_hours_ago, two_hours_ago))
-    wait_until(lambda: {path.name for path in store.glob("??/*")} == digests)
-    wait_until(lambda: list((store / "tmp").iterdir()) == [])
 
 
 def _hashes(folder: Path) -> list[str]:

@@ -88,12 +88,10 @@ def test_what_it_prints_works_as_printed(
     demo_gateway: Served, tmp_path: Path, language: str
 ) -> None:
     """Copied from the terminal with the mouse, changed in nothing."""
-    printed = demo_gateway.process.output()
-    start = {"bash": "curl", "python": "from openai"}[language]
-    end = {"bash": "from openai", "python": "The API is described"}[language]
-    lines = printed.splitlines(keepends=True)
-    first = next(i for i, line in enumerate(lines) if line.strip().startswith(start))
-    last = next(i for i, line in enumerate(lines) if i > first and line.strip().startswith(end))
+    lines = demo_gateway.process.output().splitlines(keepends=True)
+    start, end = {"bash": ("curl ", "\n"), "python": ("from openai ", "The API ")}[language]
+    first = next(i for i, line in enumerate(lines) if line.lstrip().startswith(start))
+    last = next(i for i, line in enumerate(lines) if i > first and line.startswith(end))
     output = run_code(language, "".join(lines[first:last]), cwd=tmp_path)
     assert output.strip()
 
