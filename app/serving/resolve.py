@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -57,7 +57,7 @@ def _find(snapshot: Snapshot, model: str) -> Route | None:
     if separator == "@":
         number = int(which) if which.isascii() and which.isdigit() and len(which) < 10 else 0
         return _remembered(snapshot, model, adapter, number)
-    alias = adapter.aliases.get(which or LATEST)
+    alias = adapter.aliases.get(which if separator else LATEST)
     if alias is None:
         return None
     if len(alias.targets) == 1:
@@ -118,13 +118,12 @@ def near_matches(snapshot: Snapshot, model: str, principal: Principal) -> list[s
     Compares with the bases and with the names that sort next to it, not with every name:
     comparing strings 100,000 times would hold up every other request.
     """
-    name, separator, _ = _split(model[:200])
+    model = model[:200]
+    name, separator, _ = _split(model)
     adapter = snapshot.adapters.get(name)
     if adapter is not None and separator:
-        names: Sequence[str] = [
-            candidate for candidate in names_of(adapter) if candidate.startswith(name + separator)
-        ][-_NEIGHBOURS:]
-        return [n for n in get_close_matches(model, names, 3, 0.0) if allowed(principal, n)]
+        its = [n for n in names_of(adapter) if n.startswith(name + separator)][-_NEIGHBOURS:]
+        return get_close_matches(model, [n for n in its if allowed(principal, n)], 3, 0.0)
     names = snapshot.sorted_names
     at = bisect_left(names, name)
     candidates = [*snapshot.bases, *names[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS]]
