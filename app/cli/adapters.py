@@ -6,6 +6,7 @@ goes out: calls of the admin API.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from app.cli.archive import Upload, upload_of
 from app.cli.command import command
 from app.cli.gateway import Gateway, Refused
 from app.cli.terminal import stderr
+from app.errors import InvalidRequest
 
 app = typer.Typer(help="LoRA adapters, their versions and aliases.", no_args_is_help=True)
 
@@ -63,23 +65,28 @@ def add(
         str | None, typer.Option(help="The base, if the adapter's own config does not say.")
     ] = None,
     alias: Annotated[str | None, typer.Option(help="Also point this alias at it.")] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(help="A JSON object to keep with it, or @file.", metavar="JSON"),
+    ] = None,
 ) -> Any:
     """Add an adapter, or the next version of one. Uploads a local folder."""
     given = [each for each in (source, from_hub, server_path) if each is not None]
     if len(given) != 1:
         raise typer.BadParameter("give one of SOURCE, --from-hub and --server-path")
+    kept = None if metadata is None else _object(metadata)
     name = name or _name_of(str(given[0]))
     upload = upload_of(source) if source is not None else None
     path = _destination(gateway, name)
-    options = {"base_model": base_model, "alias": alias}
-    if upload is not None:
-        with _progress(upload, name) as chunks:
-            params = {"name": name, **options} if path == _ALL else options
-            return gateway.upload(path, chunks, upload.size, upload.media_type, params)
-    body = {"source": _hub(from_hub) if from_hub else {"path": server_path}, **options}
+    options: dict[str, Any] = {"base_model": base_model, "alias": alias}
     if path == _ALL:
-        body["name"] = name
-    return gateway.post(path, {key: value for key, value in body.items() if value is not None})
+        options["name"] = name
+    if upload is not None:
+        options["metadata"] = None if kept is None else json.dumps(kept, separators=(",", ":"))
+        with _progress(upload, name) as chunks:
+            return gateway.upload(path, chunks, upload.size, upload.media_type, options)
+    where = _hub(from_hub) if from_hub else {"path": server_path}
+    return gateway.post(path, {"source": where, "metadata": kept, **options})
 
 
 @command(app, "list", tables.adapters)
@@ -167,6 +174,18 @@ def _name_of(source: str) -> str:
 def _hub(repo: str) -> dict[str, str]:
     name, found, revision = repo.partition("@")
     return {"hf_repo": name, "revision": revision} if found else {"hf_repo": name}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object in `text`, or in the file that `@file` names."""
+    what = f"the file {text[1:]}" if text.startswith("@") else repr(text)
+    try:
+        found = json.loads(Path(text[1:]).read_text("utf-8") if text.startswith("@") else text)
+    except ValueError as exc:
+        raise InvalidRequest(f"{what} is not JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{what} is JSON, but not an object")
+    return found
 
 
 def _target(text: str) -> dict[str, int]:

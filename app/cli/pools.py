@@ -23,11 +23,13 @@ replicas = typer.Typer(help="The servers of the pools.", no_args_is_help=True)
 PoolName = Annotated[str, typer.Argument(help="The pool's name.")]
 ReplicaId = Annotated[str, typer.Argument(help="The replica's id, from `loragate replicas list`.")]
 
+_ALL = "/admin/pools"
+
 
 @command(app, "list", tables.pools)
 def list_(gateway: Gateway) -> Any:
     """List pools."""
-    return gateway.get("/admin/pools")
+    return gateway.get(_ALL)
 
 
 @command(app, "add", lambda found: tables.pools({"data": [found]}))
@@ -38,6 +40,7 @@ def add(
     replica: Annotated[
         list[str] | None, typer.Option(help="Base URL of a server; may be given again.")
     ] = None,
+    server_key: Annotated[str | None, typer.Option(help="The servers' own --api-key.")] = None,
     served_name: Annotated[str | None, typer.Option(help="What they call the base.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="The base's config.json, to check adapters against.")
@@ -61,15 +64,49 @@ def add(
         "max_lora_rank": max_lora_rank,
         "max_loras": max_loras,
         "store_mount": store_mount,
-        "replicas": [{"url": url} for url in replica or ()],
+        "replicas": [{"url": url, "api_key": server_key} for url in replica or ()],
     }
-    return gateway.post("/admin/pools", body)
+    return gateway.post(_ALL, body)
+
+
+@command(app, "update", lambda found: tables.pools({"data": [found]}))
+def update(
+    gateway: Gateway,
+    name: PoolName,
+    served_name: Annotated[str | None, typer.Option(help="What they call the base.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The base's config.json, to check adapters against.")
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name adapters call the base by, in place of all before."),
+    ] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help="The servers' --max-lora-rank.")] = None,
+    max_loras: Annotated[int | None, typer.Option(help="The servers' --max-loras.")] = None,
+    store_mount: Annotated[
+        str | None, typer.Option(help="Where they see the adapter store; '' for the same path.")
+    ] = None,
+) -> Any:
+    """Change a pool; what is left out stays. Its base model stays too."""
+    given: dict[str, Any] = {
+        "base_model_config": None if config is None else _config(config),
+        "base_model_aliases": also or None,
+        "served_name": served_name,
+        "max_lora_rank": max_lora_rank,
+        "max_loras": max_loras,
+    }
+    changes = {field: value for field, value in given.items() if value is not None}
+    if store_mount is not None:
+        changes["store_mount"] = store_mount or None
+    if not changes:
+        raise typer.BadParameter("say what to change")
+    return gateway.patch(f"{_ALL}/{quote(name, '')}", changes)
 
 
 @command(app, "remove", lambda found: tables.line(f"Removed the pool {found['id']}."))
 def remove(gateway: Gateway, name: PoolName) -> Any:
     """Remove a pool that no adapter needs, with its replicas."""
-    return gateway.delete(f"/admin/pools/{quote(name, '')}")
+    return gateway.delete(f"{_ALL}/{quote(name, '')}")
 
 
 def _row(found: dict[str, Any]) -> Any:
@@ -83,7 +120,7 @@ def list_replicas(
 ) -> Any:
     """List replicas and what they are doing now."""
     if pool is not None:
-        return gateway.get(f"/admin/pools/{quote(pool, '')}/replicas")
+        return gateway.get(f"{_ALL}/{quote(pool, '')}/replicas")
     return gateway.get("/admin/replicas")
 
 
@@ -96,7 +133,7 @@ def add_replica(
 ) -> Any:
     """Add a server to a pool."""
     body = {"url": server, "api_key": server_key}
-    return gateway.post(f"/admin/pools/{quote(pool, '')}/replicas", body)
+    return gateway.post(f"{_ALL}/{quote(pool, '')}/replicas", body)
 
 
 @command(replicas, "cordon", _row)

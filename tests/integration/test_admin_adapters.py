@@ -121,6 +121,34 @@ def test_register_an_archive(
     assert len(stored(gateway)) == 2
 
 
+def test_an_archives_metadata_is_in_the_url(gateway: Gateway, workbench: Workbench) -> None:
+    packed = tar(workbench.adapter())
+    made = upload(gateway, "pirate", packed, TAR, metadata='{"team": "sea & søn"}')
+    assert made.json()["adapter"]["metadata"] == {"team": "sea & søn"}
+    again = gateway.client.post(
+        "/admin/adapters/pirate/versions",
+        params={"metadata": '{"run": 7}'},
+        content=tar(workbench.adapter()),
+        headers={"content-type": TAR},
+    )
+    assert again.json()["version"]["metadata"] == {"run": 7}
+    assert again.json()["adapter"]["metadata"] == {"team": "sea & søn"}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["", "x", "[]", "null", "{", '{"a": NaN}', '{"a": "\\ud800"}', "[" * 9000, f'"{"x" * 20_000}"',
+     json.dumps({"a": "x" * 17_000})],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_metadata_that_is_no_object_or_too_long(
+    gateway: Gateway, workbench: Workbench, metadata: str
+) -> None:
+    answer = upload(gateway, "pirate", tar(workbench.adapter()), TAR, metadata=metadata)
+    assert error(answer, 400)["param"] == "metadata"
+    assert stored(gateway) == []
+
+
 def test_an_upload_in_chunks_of_unknown_length(gateway: Gateway, workbench: Workbench) -> None:
     packed = tar(workbench.adapter())
     chunks = (packed[at : at + 999] for at in range(0, len(packed), 999))

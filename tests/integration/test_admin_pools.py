@@ -80,6 +80,22 @@ def test_changing_a_pool(gateway: Gateway) -> None:
         assert answer.json()["error"]["param"] == param
 
 
+def test_a_base_gets_to_be_known(gateway: Gateway, workbench: Workbench) -> None:
+    """From then on adapters are checked against it, under its new names too."""
+    made = gateway.client.post("/admin/pools", json={"name": "other", "base_model": OTHER}).json()
+    assert made["base_model_known"] is False
+    config = json.loads((workbench.base / "config.json").read_text())
+    change = {"base_model_config": config, "base_model_aliases": ["also"]}
+    changed = gateway.client.patch("/admin/pools/other", json=change).json()
+    assert changed["base_model_known"] is True
+    assert gateway.register("fits", workbench.adapter(base="also"))["adapter"]["pool"] == "other"
+    wider = {**config, "hidden_size": config["hidden_size"] * 2}
+    gateway.client.patch("/admin/pools/other", json={"base_model_config": wider})
+    body = {"name": "odd", "source": {"path": str(workbench.adapter(base="also"))}}
+    refused = gateway.client.post("/admin/adapters", json=body)
+    assert refused.json()["error"]["code"] == "adapter_rejected", refused.text
+
+
 def test_deleting_a_pool(gateway: Gateway, pirate: str) -> None:
     needed = gateway.client.delete("/admin/pools/pool")
     assert needed.status_code == 409

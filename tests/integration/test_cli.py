@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.upstream import FakeUpstream
-from tests.integration.gateway import BASE, Gateway, StartGateway, Workbench
+from tests.integration.gateway import BASE, Gateway, StartGateway, StartUpstream, Workbench
 from tests.waiting import wait_until
 
 
@@ -113,6 +113,17 @@ def test_pools_and_replicas(
     )
     assert made["base_model_known"] is True
     assert made["base_model_aliases"] == ["b"]
+    table = loragate("pools", "update", "other", "--max-lora-rank", 128, "--also", "c")
+    assert re.search(r"other +acme/base +acme/base +128 +8 +0", table)
+    options = ("--served-name", "b", "--max-loras", 4, "--store-mount", "/mnt", "--config", config)
+    changed = loragate.json("pools", "update", "other", *options)
+    assert changed["base_model_aliases"] == ["c"]
+    expected = ("b", 128, 4, "/mnt")
+    fields = ("served_name", "max_lora_rank", "max_loras", "store_mount")
+    assert tuple(changed[field] for field in fields) == expected
+    cleared = loragate.json("pools", "update", "other", "--store-mount", "")
+    assert (cleared["store_mount"], cleared["max_loras"]) == (None, 4)
+    assert "no pool 'lost'" in loragate.error("pools", "update", "lost", "--max-loras", 4)
     replica = loragate.json("replicas", "add", "other", upstream.url)
     wait_until(lambda: "healthy" in loragate("replicas", "list", "--pool", "other"))
     assert "(cordoned)" in loragate("replicas", "cordon", replica["id"])
@@ -122,6 +133,47 @@ def test_pools_and_replicas(
     assert "Removed the replica" in loragate("replicas", "remove", replica["id"])
     assert "Removed the pool other." in loragate("pools", "remove", "other")
     assert len(loragate.json("replicas", "list")["data"]) == 1
+
+
+def test_servers_that_want_a_key(
+    gateway: Gateway, loragate: Shell, start_upstream: StartUpstream
+) -> None:
+    """A key that came along reaches the server, and is never shown."""
+    first, second = (start_upstream("acme/base", api_key="sk-servers") for _ in range(2))
+    options = ("--base-model", "acme/base", "--replica", first.url, "--server-key", "sk-servers")
+    said = loragate("pools", "add", "other", *options, "--json")
+    said += loragate("replicas", "add", "other", second.url, "--server-key", "sk-servers")
+    listed = loragate("replicas", "list", "--pool", "other", "--json")
+    assert "sk-servers" not in said + listed
+    wait_until(lambda: loragate("replicas", "list", "--pool", "other").count("healthy") == 2)
+    with gateway.openai_client() as client:
+        for _ in range(4):
+            client.completions.create(model="acme/base", prompt="hello")
+
+
+def test_metadata_from_the_command_line(
+    loragate: Shell, workbench: Workbench, tmp_path: Path
+) -> None:
+    team = json.dumps({"team": "søk & fúnd"})
+    added = loragate("adapters", "add", workbench.adapter(), "-n", "bot", "--metadata", team)
+    assert "team=søk & fúnd" in loragate("adapters", "show", "bot"), added
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps({"run": 7, "notes": "x" * 16_000}))
+    options = ("--server-path", workbench.adapter(), "-n", "bot", "--metadata", f"@{kept}")
+    assert loragate.json("adapters", "add", *options)["version"]["metadata"]["run"] == 7
+    # The same sixteen kilobytes, in a URL this time.
+    options = (workbench.adapter(), "-n", "bot", "--metadata", f"@{kept}")
+    assert loragate.json("adapters", "add", *options)["version"]["metadata"]["run"] == 7
+
+    def refused(metadata: str) -> str:
+        options = ("-n", "bot", "--metadata", metadata)
+        return loragate.error("adapters", "add", workbench.adapter(), *options)
+
+    kept.write_text(json.dumps({"notes": "x" * 17_000}))
+    assert "16384 are allowed" in refused(f"@{kept}")
+    assert "is not JSON" in refused("{team: me}")
+    assert "not an object" in refused("[]")
+    assert "No such file" in refused("@/nowhere.json")
 
 
 def test_keys_and_status(loragate: Shell, gateway: Gateway) -> None:
@@ -185,6 +237,8 @@ def test_something_else_that_answers(upstream: FakeUpstream) -> None:
         ("keys", "create", "ci", "--scope", "root"),
         ("keys", "create", "ci", "--expires-in", "soon"),
         ("replicas", "add", "pool"),
+        ("pools", "update", "pool"),
+        ("pools", "update", "pool", "--max-loras", "few"),
         ("nonsense",),
     ],
 )

@@ -28,6 +28,7 @@ from app.api.admin.uploads import (
     NewVersion,
     archive_of,
     is_archive,
+    metadata_of,
     read_json,
 )
 from app.api.rooms import Rooms
@@ -47,6 +48,13 @@ OfBase = Annotated[
     str | None, Query(description="With an archive: the base the weights were trained on.")
 ]
 ToAlias = Annotated[str | None, Query(description="With an archive: an alias to point at it too.")]
+WithMetadata = Annotated[
+    str | None,
+    Query(
+        description="With an archive: a JSON object worth keeping with it.",
+        examples=['{"team": "support"}'],
+    ),
+]
 
 
 def _takes(model: str) -> dict[str, Any]:
@@ -98,6 +106,7 @@ async def create(
     name: Annotated[str | None, Query(description="With an archive: the adapter's name.")] = None,
     base_model: OfBase = None,
     alias: ToAlias = None,
+    metadata: WithMetadata = None,
 ) -> Registered:
     """Create an adapter from weights, which become its version 1.
 
@@ -109,7 +118,13 @@ async def create(
             raise InvalidRequest("An archive needs ?name= in the URL.", param="name")
         source = archive_of(request, rooms.settings.max_adapter_bytes)
         wanted = Registration(
-            name, source, base_model=base_model, alias=alias, create=True, by=admin.key_id
+            name,
+            source,
+            base_model=base_model,
+            alias=alias,
+            metadata=metadata_of(metadata),
+            create=True,
+            by=admin.key_id,
         )
     else:
         given = await read_json(request, NewAdapter)
@@ -136,6 +151,7 @@ async def create_version(
     admin: Admin,
     base_model: OfBase = None,
     alias: ToAlias = None,
+    metadata: WithMetadata = None,
 ) -> Registered:
     """Add weights to an adapter as its next version, and move `latest` to it.
 
@@ -145,7 +161,13 @@ async def create_version(
     if is_archive(request):
         source = archive_of(request, rooms.settings.max_adapter_bytes)
         wanted = Registration(
-            name, source, base_model=base_model, alias=alias, create=False, by=admin.key_id
+            name,
+            source,
+            base_model=base_model,
+            alias=alias,
+            metadata=metadata_of(metadata),
+            create=False,
+            by=admin.key_id,
         )
     else:
         given = await read_json(request, NewVersion)

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from app.api.admin.shapes import Body
 from app.api.edge import BODY_LIMIT, BodyLimit
@@ -28,6 +28,7 @@ ARCHIVES = {
     "application/x-gzip": "application/gzip",
     "application/zip": "application/zip",
 }
+_OBJECT = TypeAdapter(dict[str, Any])
 #: What an archive may add to the weights in it: headers, padding, a directory.
 _PACKING = 1 << 20
 
@@ -127,6 +128,21 @@ def archive_of(request: Request, max_bytes: int) -> ArchiveSource:
     limit.max_bytes = max_bytes + _PACKING
     limit.setting = "LORAGATE_MAX_ADAPTER_BYTES"
     return ArchiveSource(_chunks(request), ARCHIVES[_media_type(request)])
+
+
+def metadata_of(query: str | None) -> dict[str, Any]:
+    """The metadata that came in the URL, because the body is the archive.
+
+    Raises:
+        InvalidRequest: it is not a JSON object.
+    """
+    if query is None:
+        return {}
+    try:
+        return _OBJECT.validate_json(query)
+    except ValidationError as exc:
+        message = f"metadata is a JSON object, URL-encoded: {exc.errors()[0]['msg']}."
+        raise InvalidRequest(message, param="metadata") from exc
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:
