@@ -311,8 +311,6 @@ class Fleet:
 
 
 def _settle(load: asyncio.Future[None], error: LoragateError | None) -> None:
-    if load.done():
-        return
     if error is None:
         load.set_result(None)
     else:

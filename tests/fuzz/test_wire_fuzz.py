@@ -86,8 +86,10 @@ async def exchanged(answer: list[bytes], *, hang_up: bool) -> Outcome:
     async def script(peer: Peer) -> None:
         if peer.number == 0:
             await peer.request()
-            await peer.send(*answer)
-            sent.set()
+            try:
+                await peer.send(*answer)
+            finally:
+                sent.set()
             if not hang_up:
                 await peer.hung_up()
         else:

@@ -69,6 +69,15 @@ async def test_a_replica_that_comes_back_tells_what_it_holds(made: FleetOfMemory
     assert replica.resident == {"other@2": "/elsewhere"}
 
 
+async def test_a_replica_that_stays_well_is_not_asked_what_it_holds(made: FleetOfMemory) -> None:
+    (replica,) = await made.sync(snapshot())
+    await made.fleet.load(replica, V1)
+    made.connected[0].list_error = UpstreamError("nobody asked")
+    await made.fleet.probe()
+    assert replica.state is ReplicaState.HEALTHY
+    assert replica.resident == {"pirate@1": path_of(V1)}
+
+
 async def test_a_refused_connection_asks_for_a_probe(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
     wakes: list[None] = []
