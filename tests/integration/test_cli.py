@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.hub import COMMIT, running
 from tests.fakes.upstream import FakeUpstream
 from tests.integration.gateway import BASE, Gateway, StartGateway, StartUpstream, Workbench
 from tests.waiting import wait_until
@@ -149,6 +150,34 @@ def test_servers_that_want_a_key(
     with gateway.openai_client() as client:
         for _ in range(4):
             client.completions.create(model="acme/base", prompt="hello")
+
+
+def test_an_adapter_from_a_hub(
+    start_gateway: StartGateway, upstream: FakeUpstream, workbench: Workbench
+) -> None:
+    with running() as hub:
+        hub.offer("acme/parrot-lora", workbench.adapter(), "main", "v1.0")
+        settings = {"hub_endpoint": hub.url, "hub_token": "hf_secret"}
+        loragate = Shell(start_gateway(upstream.url, **settings).url)
+
+        added = loragate("adapters", "add", "--from-hub", "acme/parrot-lora", "--alias", "prod")
+        assert f"hub:acme/parrot-lora@{COMMIT}" in added
+        assert "Ask for 'parrot-lora@1'" in added  # named by its repository
+        options = ("--from-hub", "acme/parrot-lora@v1.0", "-n", "parrot", "--metadata", '{"a": 1}')
+        assert loragate.json("adapters", "add", *options)["adapter"]["metadata"] == {"a": 1}
+        again = loragate("adapters", "add", *options)
+        assert "these very weights already" in again
+        asked = [path for path, _ in hub.asked]
+        assert "/api/models/acme/parrot-lora/revision/v1.0" in asked
+        assert {key for _, key in hub.asked} == {"Bearer hf_secret"}
+
+        lost = loragate.error("adapters", "add", "--from-hub", "acme/lost")
+        assert "shows this gateway no repository acme/lost" in lost
+        assert hub.url in lost
+        assert "is not a repo id" in loragate.error("adapters", "add", "--from-hub", "lost")
+    away = loragate.error("adapters", "add", "--from-hub", "acme/parrot-lora@v1.0")
+    assert "could not be fetched" in away
+    assert "hf_secret" not in added + again + lost + away
 
 
 def test_metadata_from_the_command_line(

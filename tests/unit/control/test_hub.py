@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -16,68 +13,19 @@ from app.control.hub import fetch_adapter
 from app.errors import AdapterRejected, InvalidRequest, NotFound, SourceUnavailable
 from app.settings import Settings
 from tests.fakes.adapters import write_adapter
-
-COMMIT = "c0ffee" * 6 + "c0ff"
-FILES = ["adapter_config.json", "adapter_model.safetensors"]
-
-
-class Hub(ThreadingHTTPServer):
-    """What the stand-in answers, by path, and what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, tuple[int, bytes, dict[str, str]]] = {}
-        self.asked: list[tuple[str, str | None]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def answer(self, path: str, body: Any, status: int = 200, **headers: str) -> None:
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.answers[path] = (status, raw, headers)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers from the table; 404 for the rest."""
-
-    protocol_version = "HTTP/1.1"
-    server: Hub
-    quiet: ClassVar[bool] = True
-
-    def do_GET(self) -> None:
-        self.server.asked.append((self.path, self.headers.get("Authorization")))
-        status, body, headers = self.server.answers.get(self.path, (404, b"{}", {}))
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-        self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+from tests.fakes.hub import COMMIT, FILES, Hub, running
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with running() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
 def weights(tmp_path: Path, hub: Hub) -> Path:
     folder = write_adapter(tmp_path / "hub")
-    hub.answer("/api/models/acme/pirate/revision/main", {"sha": COMMIT})
-    hub.answer("/api/models/acme/pirate/revision/refs%2Fpr%2F1", {"sha": COMMIT})
-    for name in FILES:
-        hub.answer(f"/acme/pirate/resolve/{COMMIT}/{name}", (folder / name).read_bytes())
+    hub.offer("acme/pirate", folder, "main", "refs/pr/1")
     return folder
 
 
