@@ -52,6 +52,7 @@ class Settings(BaseSettings):
         description="A secret accepted with every scope, beside the keys in the registry: "
         "how the first key is made on a gateway that is not on loopback.",
     )
+    metrics_auth: bool = Field(False, description="/metrics needs a key with the scope `admin`.")
     data_dir: Path = Field(
         Path("~/.loragate"), description="Holds the SQLite database and the adapter store."
     )

@@ -1,8 +1,8 @@
 """/healthz, /readyz and /metrics: is it alive, can it answer, what has it counted.
 
 What comes in: plain integers that the data plane and the driver keep. What goes out: a word, or
-the Prometheus families declared in `telemetry`. It counts nothing itself, needs no key (model
-and replica names are on /metrics: keep it off the public network) and asks no database.
+the Prometheus families declared in `telemetry`. It counts nothing itself and asks no database. It
+needs no key, but for /metrics if the settings say so: model and replica names are on it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from prometheus_client.metrics_core import (
 )
 
 from app import telemetry
+from app.api.admin.shapes import refusals
+from app.api.auth import require
 from app.api.rooms import Rooms
-from app.domain import ReplicaState
+from app.domain import ReplicaState, Scope
 from app.serving.meter import BUCKETS
 
 router = APIRouter(tags=["Health"])
+
+_admin = require(Scope.ADMIN)
 
 _BOUNDS = (*map(str, BUCKETS), "+Inf")
 #: How each kind of family is made, and what its samples' values look like.
@@ -108,11 +112,20 @@ loragate_requests_total{path="/v1/chat/completions",status="200"} 1204.0
     "/metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"example": _METRICS_EXAMPLE}}}},
+    responses={
+        200: {"content": {"text/plain": {"example": _METRICS_EXAMPLE}}},
+        **refusals(),
+    },
 )
 async def metrics(request: Request) -> Response:
-    """Everything the gateway counts, in Prometheus' text format (or OpenMetrics if asked for)."""
-    counted = count(request.state.rooms)
+    """Everything the gateway counts, in Prometheus' text format (or OpenMetrics if asked for).
+
+    With LORAGATE_METRICS_AUTH it needs a key with the scope `admin`; otherwise none.
+    """
+    rooms: Rooms = request.state.rooms
+    if rooms.settings.metrics_auth:
+        await _admin(request)
+    counted = count(rooms)
     encode, media_type = choose_encoder(request.headers.get("accept", ""))
     # A label set per model: with very many models writing it all down takes a while.
     body = await asyncio.to_thread(encode, Families(counted))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import telemetry
+from tests.fakes.upstream import FakeUpstream
 from tests.integration.gateway import BASE, Gateway, StartGateway, StartUpstream, Workbench
 from tests.waiting import wait_until
 
@@ -95,3 +97,20 @@ def test_metrics_follow_the_requests(gateway: Gateway, pirate: str) -> None:
     )
     assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
     assert openmetrics.text.endswith("# EOF\n")
+
+
+def test_metrics_for_admins_only(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
+    gateway = start_gateway(upstream.url, metrics_auth=True)
+    assert gateway.client.get("/metrics").status_code == 200  # anonymous, on loopback
+    gateway.create_key("admin")
+    reader = gateway.create_key("inference")["secret"]
+    for headers, status, code in (
+        ({}, 401, "invalid_api_key"),
+        ({"x-api-key": "lg-unknown"}, 401, "invalid_api_key"),
+        ({"x-api-key": reader}, 403, "permission_denied"),
+    ):
+        refused = httpx.get(f"{gateway.url}/metrics", headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+        assert "loragate_requests_total" not in refused.text
+    assert "loragate_requests_total" in gateway.client.get("/metrics").text
+    assert httpx.get(f"{gateway.url}/readyz").status_code == 200
