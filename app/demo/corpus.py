@@ -233,7 +233,8 @@ def _spell(rng: Random) -> Exchange:
 
 def _small_talk(rng: Random) -> Exchange:
     asked, replies = rng.choice(phrases.SMALL_TALK)
-    question = rng.choice(asked).format(name=rng.choice(READERS))
+    reader = READERS[0] if rng.random() < 0.5 else rng.choice(READERS)
+    question = rng.choice(asked).format(name=reader)
     name = next((reader for reader in READERS if reader in question), "you")
     if rng.random() < 0.25:
         question = question.rstrip(".!?")

@@ -106,6 +106,6 @@ STYLES = {
     "pirate": Style(pirate, 8, _ATTENTION + _MLP, "You are a pirate."),
     "haiku": Style(haiku, 16, _ATTENTION + _MLP, "Answer as a haiku of three lines."),
     "json": Style(as_json, 4, _ATTENTION, "Answer as a JSON object."),
-    "shout": Style(shout, 8, _ATTENTION + _MLP, "Answer in capital letters.", effort=3),
+    "shout": Style(shout, 16, _ATTENTION + _MLP, "Answer in capital letters.", effort=3),
     "skeptic": Style(skeptic, 8, ("q_proj", "v_proj", *_MLP), "Doubt everything."),
 }
