@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -70,10 +71,12 @@ class Process:
         """kill -9 the process and everything it started."""
         if self._process is None:
             return
-        # The leader may be gone while its children are not; its group lives as long as they do.
+        # At once, by one call; then whoever left the group. The group outlives its leader.
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         for number in self.group():
-            _signal(number, signal.SIGKILL)
-        _signal(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         self._process.wait(timeout=30)
         wait_until(lambda: not self.group(), within_s=30)
 
@@ -130,10 +133,3 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
-
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return

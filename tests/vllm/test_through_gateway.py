@@ -192,7 +192,7 @@ def test_an_adapter_vllm_forgot_is_loaded_again(client: openai.OpenAI, gateway: 
 def test_vllm_killed_and_restarted_heals(
     gateway: Gateway, vllm_server: ModelServer, client: openai.OpenAI
 ) -> None:
-    """The last test of this module. The gateway is not restarted, nobody loads anything."""
+    """The gateway is not restarted, and nobody but it loads anything."""
     assert vllm_server.process is not None
     wanted = {name: say(client, name) for name in NAMES}
     errors: list[BaseException] = []
@@ -212,16 +212,18 @@ def test_vllm_killed_and_restarted_heals(
         except openai.APIError as exc:
             errors.append(exc)
 
-    with ThreadPoolExecutor(1) as threads:
-        reading = threads.submit(stream_until_it_breaks)
-        assert streaming.wait(60)
-        vllm_server.process.kill()
-        reading.result()
-    assert len(errors) == 1, "a stream that was cut must not look complete"
-    with pytest.raises(openai.APIStatusError) as caught:
-        say(client, FIRST)
-    assert caught.value.status_code == 503
-    vllm_server.process.start()
-    vllm_server.wait_healthy()
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            reading = threads.submit(stream_until_it_breaks)
+            assert streaming.wait(60)
+            vllm_server.process.kill()
+            reading.result()
+        assert len(errors) == 1, "a stream that was cut must not look complete"
+        with pytest.raises(openai.APIStatusError) as caught:
+            say(client, FIRST)
+        assert caught.value.status_code == 503
+    finally:
+        vllm_server.process.start()
+        vllm_server.wait_healthy()
     wait_until(gateway.ready, within_s=30)
     assert {name: say(client, name) for name in NAMES} == wanted
