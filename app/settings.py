@@ -6,6 +6,7 @@ documented setting; `docs/settings.md` lists them and a test keeps it true.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -158,6 +159,15 @@ class Settings(BaseSettings):
         return (
             self.store_dir.expanduser().absolute() if self.store_dir else self.data_path / "store"
         )
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """This program's environment for one it starts, with what its own options changed."""
+    return {
+        **os.environ,
+        "LORAGATE_LOG_LEVEL": settings.log_level,
+        "LORAGATE_LOG_FORMAT": settings.log_format,
+    }
 
 
 class ClientSettings(BaseSettings):

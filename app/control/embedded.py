@@ -19,7 +19,7 @@ from app.control import declared, pools
 from app.control.intake import PathSource
 from app.control.registration import Registration, Rooms, register
 from app.db.engine import Database
-from app.settings import PoolSettings, Settings
+from app.settings import PoolSettings, Settings, child_environment
 from app.telemetry import Event, log
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class EmbeddedWorker:
             "--fd",
             str(fd),
             "--exit-with-stdin",
+            env=child_environment(self._settings),
             pass_fds=(fd,),
             stdin=asyncio.subprocess.PIPE,
         )
