@@ -102,9 +102,15 @@ class Response:
         if self._error is not None:
             raise self._error
 
-    def _pushed(self, data: bytes) -> None:
-        assert self._sink is not None
-        blocked = self._sink.push(data)
+    def _push_on(self, sink: Sink) -> None:
+        """Push what one read of the socket brought; one piece of it is the common case."""
+        chunks = self._chunks
+        if not chunks:
+            return
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
+        self._size = 0
+        blocked = sink.push(data)
         if blocked is not None and self._connection is not None:
             self._connection.pause()
             blocked.add_done_callback(self._unblocked)
@@ -234,11 +240,10 @@ class Connection(asyncio.Protocol):
         if self._head is not None:
             if self._length is None or self._length > self.client.whole_bytes:
                 self._hand_over(response)
+        elif response._sink is not None:
+            response._push_on(response._sink)
         elif response._chunks:
-            if response._sink is not None:
-                response._pushed(response.take())
-            else:
-                response._wake()
+            response._wake()
         if response._size > self.client.limits.read_ahead_bytes:
             self.pause()
 
