@@ -20,6 +20,7 @@
     │   ├── UpstreamTimeout              upstream_timeout       it may still be working
     │   └── UpstreamBroke                upstream_broke         it died or spoke nonsense
     ├── SourceUnavailable                source_unavailable     weights could not be fetched
+    ├── StorageUnavailable               storage_unavailable    the database or disk is unusable
     └── ConfigurationError               invalid_configuration
 
 An exception carries a stable `code` and never an HTTP status; `api.errors` maps the one to the
@@ -181,6 +182,13 @@ class SourceUnavailable(LoragateError):
     """The place that holds the weights (a hub, a disk) did not deliver them."""
 
     code = "source_unavailable"
+
+
+class StorageUnavailable(LoragateError):
+    """The gateway's database or adapter store cannot be used now: full, locked or away."""
+
+    code = "storage_unavailable"
+    retry_after_s = 5
 
 
 class ConfigurationError(LoragateError):

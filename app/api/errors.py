@@ -48,6 +48,7 @@ KINDS: dict[type[errors.LoragateError], tuple[int, str]] = {
     errors.UpstreamTimeout: (504, _SERVER),
     errors.UpstreamBroke: (502, _SERVER),
     errors.SourceUnavailable: (502, _SERVER),
+    errors.StorageUnavailable: (503, _SERVER),
     errors.ConfigurationError: (500, _SERVER),
 }
 
@@ -99,8 +100,9 @@ def install(app: FastAPI) -> None:
 
 async def _answer(request: Request, exc: Exception) -> Response:
     status = status_of(exc)
-    if status == 500:
-        telemetry.log(logger, logging.ERROR, telemetry.Event.REQUEST_FAILED, error=str(exc))
+    if status == 500 or isinstance(exc, errors.StorageUnavailable):
+        fields = {"error": str(exc), "cause": str(exc.__cause__ or "")}
+        telemetry.log(logger, logging.ERROR, telemetry.Event.REQUEST_FAILED, **fields)
     return Response(envelope_bytes(exc), status, headers_of(exc), _JSON)
 
 

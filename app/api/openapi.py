@@ -75,6 +75,12 @@ _FAILURES: dict[int, tuple[str, errors.LoragateError]] = {
     ),
 }
 
+#: What a 503 means where no model is asked.
+_NO_STORAGE = (
+    "The database or the adapter store cannot be used now; Retry-After says when to ask again.",
+    errors.StorageUnavailable("The gateway's database is locked by someone else."),
+)
+
 
 def install(app: FastAPI) -> None:
     """Serve the whole document, made when first asked for."""
@@ -141,11 +147,12 @@ def _complete(operation: Document, schemas: Document) -> None:
                 _exemplify(body, schemas)
         elif "example" not in response.get("content", {}).get(_JSON, {}):
             response.clear()
-            response |= _failure(int(status))
+            found = _FAILURES[int(status)]
+            admins = status == "503" and "Inference" not in operation["tags"]
+            response |= _failure(*(_NO_STORAGE if admins else found))
 
 
-def _failure(status: int) -> Document:
-    meaning, sample = _FAILURES[status]
+def _failure(meaning: str, sample: errors.LoragateError) -> Document:
     body = {"schema": {"$ref": f"{_REF}ErrorEnvelope"}, "example": envelope(sample)}
     headers = {
         name: {"schema": {"type": "string"}, "example": value}

@@ -17,6 +17,7 @@ from typing import IO
 from app.control.interruptible import Check
 from app.control.strict_json import shown
 from app.db.blobs import FILES, WEIGHTS_FILE
+from app.db.faults import NO_ROOM
 from app.errors import AdapterRejected, Fault, InvalidRequest, NotFound, SourceUnavailable
 
 PARAM = "source.path"
@@ -46,6 +47,8 @@ def copy_adapter(
             with _opened(real, allowed) as source:
                 left = _copy(source, into / name, left, max_bytes, check)
     except OSError as exc:
+        if exc.errno in NO_ROOM:
+            raise  # that was the copy, not what is copied
         reason = exc.strerror or type(exc).__name__
         raise SourceUnavailable(f"{shown(str(path))} cannot be read: {reason}.") from exc
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from app.clock import Clock, SystemClock
+from app.db.faults import from_disk
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -43,14 +44,18 @@ class AdapterStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A private folder to write in, on the store's file system. Removed at the end."""
-        self._tmp.mkdir(parents=True, exist_ok=True)
+        """A private folder to write in, on the store's file system. Removed at the end.
+
+        What the disk refuses inside, `commit` included, leaves as StorageUnavailable.
+        """
         folder = self._tmp / secrets.token_hex(16)
-        folder.mkdir(mode=0o700)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with from_disk():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, staged: Path) -> str:
         """Keep a staged folder's two files for good and return their digest.

@@ -7,8 +7,8 @@ What comes in: a URL. What goes out: sessions that live inside `async with db.be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, event, text, update
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
+from app.db.faults import from_sql
 from app.db.tables import AdapterRow, KeyRow, RevisionRow
-from app.errors import ConfigurationError, InvalidRequest
+from app.errors import ConfigurationError
 from app.settings import Settings
 
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
@@ -30,9 +31,8 @@ DRIVERS = {SQLITE: "sqlite+aiosqlite", POSTGRESQL: "postgresql+asyncpg"}
 
 #: Key of `session.info`: the rows to stamp with this transaction's revision.
 _TOUCHED = "touched"
-_UNSTORABLE = "A value in the request is one that no name or number here can have."
-#: The class of PostgreSQL's error codes that blame the value.
-_DATA_EXCEPTION = "22"
+#: How long SQLite waits for another program that writes.
+BUSY_TIMEOUT_MS = 30_000
 #: Any number, as long as no other program takes it on the same database.
 _MIGRATION_LOCK = 7_041_776
 _STARTUP_LOCK = 7_041_777
@@ -96,7 +96,7 @@ class Database:
         options: dict[str, Any] = {"loragate_read": True}
         if self.dialect == POSTGRESQL:
             options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-        with _unstorable():
+        with from_sql():
             async with self._sessions() as session:
                 await session.connection(execution_options=options)
                 yield session
@@ -128,7 +128,7 @@ class Database:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncSession]:
-        with _unstorable():
+        with from_sql():
             async with self._sessions() as session, session.begin():
                 yield session
                 await _stamp(session)
@@ -146,24 +146,6 @@ def migrate(settings_or_url: Settings | str) -> None:
             await db.close()
 
     asyncio.run(run())
-
-
-@contextmanager
-def _unstorable() -> Iterator[None]:
-    """Say of a value the database cannot hold (a NUL, a number too large) that the caller sent it.
-
-    Each driver has its own idea of which error that is.
-    """
-    try:
-        yield
-    except (OverflowError, UnicodeEncodeError) as exc:
-        raise InvalidRequest(_UNSTORABLE) from exc
-    except DBAPIError as exc:
-        sent = getattr(exc.orig, "__cause__", None)
-        state = str(getattr(sent, "sqlstate", None) or "")
-        if isinstance(sent, ValueError | OverflowError) or state.startswith(_DATA_EXCEPTION):
-            raise InvalidRequest(_UNSTORABLE) from exc
-        raise
 
 
 async def _stamp(session: AsyncSession) -> None:
@@ -202,7 +184,7 @@ def _sqlite_connected(connection: Any, _record: Any) -> None:
     # The driver must not open transactions by itself: `_sqlite_begins` says which kind.
     connection.isolation_level = None
     cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout = 30000")
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA journal_mode = WAL")
     # FULL, not NORMAL: in WAL mode NORMAL may lose the last commits when the power goes.
     cursor.execute("PRAGMA synchronous = FULL")

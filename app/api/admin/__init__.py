@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.admin import adapters, aliases, keys, pools, replicas, status, vllm
+from app.api.admin.shapes import ErrorEnvelope
 
 _NOUNS = (
     adapters.router,
@@ -15,7 +16,8 @@ _NOUNS = (
     status.router,
 )
 
-router = APIRouter()
+# Every one of them asks the database.
+router = APIRouter(responses={503: {"model": ErrorEnvelope}})
 for _noun in _NOUNS:
     router.include_router(_noun, prefix="/admin")
 router.include_router(vllm.router)

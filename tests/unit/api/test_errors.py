@@ -93,6 +93,7 @@ def test_headers_tell_a_client_when_to_come_back() -> None:
     assert mapping.headers_of(errors.NoReplicaAvailable("x", retry_after_s=7)) == {
         "Retry-After": "7"
     }
+    assert mapping.headers_of(errors.StorageUnavailable("x")) == {"Retry-After": "5"}
     assert mapping.headers_of(errors.Unauthenticated("x")) == {"WWW-Authenticate": "Bearer"}
     assert mapping.headers_of(errors.Conflict("x")) == {"X-Should-Retry": "false"}
     assert mapping.headers_of(errors.NotFound("x")) == {}

@@ -116,6 +116,16 @@ def test_a_route_says_how_it_fails_and_what_key_it_needs(route: str) -> None:
             assert response["description"]
 
 
+def test_a_503_is_the_storages_or_the_replicas() -> None:
+    def code(route: str) -> str:
+        answer = OPERATIONS[route]["responses"]["503"]["content"]["application/json"]
+        return str(answer["example"]["error"]["code"])
+
+    admins = {route for route in ROUTES if " /admin/" in route} | {"POST /v1/load_lora_adapter"}
+    assert {code(route) for route in admins} == {"storage_unavailable"}
+    assert code("POST /v1/completions") == "no_replica_available"
+
+
 def test_every_request_field_is_described() -> None:
     schemas = DOCUMENT["components"]["schemas"]
     requests = {
