@@ -12,6 +12,7 @@ no scope, no message dictionaries and no queue (docs/adr/0003).
 from __future__ import annotations
 
 import asyncio
+import re
 from asyncio import TimerHandle
 from collections import deque
 from typing import Any, cast
@@ -34,6 +35,9 @@ WRITE_AHEAD_BYTES = 64 << 10
 #: sender is known.
 SMALL_BODY_BYTES = 64 << 10
 REQUEST_S = 60.0
+#: How long a client that was refused inside its request may go on sending it.
+PARTING_S = 5.0
+_UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:[^\r\n]*", re.IGNORECASE)
 _SMALL = range(SMALL_BODY_BYTES + 1)
 
 _URLS = {path.encode(): path for path in PATHS}
@@ -97,6 +101,9 @@ class DirectProtocol(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
+            if self._apart and self._url in _URLS and self._parser.get_method() == b"POST":
+                self._decline_upgrade()
+                return
             self._foreign = True
         except httptools.HttpParserError:
             if not self._foreign:
@@ -139,6 +146,7 @@ class DirectProtocol(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._apart = not self._queue
+        self._active_at = self._loop.time()
         self._url = b""
         self._headers = {}
 
@@ -156,13 +164,12 @@ class DirectProtocol(asyncio.Protocol):
         if path is None or self._foreign:
             return
         self._raw = b""
-        self._active_at = self._loop.time()
         headers = self._headers
         exchange = self._receiving = DirectExchange(self, path)
         exchange.headers = headers
-        exchange.keep_alive = parser.should_keep_alive()
-        exchange.expects_continue = b"expect" in headers
         self.http_1_0 = parser.get_http_version() == "1.0"
+        exchange.keep_alive = parser.should_keep_alive() and not self.http_1_0
+        exchange.expects_continue = b"expect" in headers
         small = int(headers.get(b"content-length", b"-1")[:18]) in _SMALL
         if not small or exchange.expects_continue:
             self._begin(exchange)
@@ -195,7 +202,10 @@ class DirectProtocol(asyncio.Protocol):
         queue.popleft()
         if not exchange.keep_alive or (self.closing and not queue):
             self.closing = True
-            self.transport.close()
+            if exchange.complete:
+                self.transport.close()
+            else:
+                self._part()
         elif len(queue) == 1:
             self.transport.resume_reading()
         self._active_at = self._loop.time()
@@ -235,6 +245,17 @@ class DirectProtocol(asyncio.Protocol):
 
     # ends
 
+    def _decline_upgrade(self) -> None:
+        """Read a request again without the offer of another protocol that came with it.
+
+        Some clients offer HTTP/2 in their first request; the parser takes its body for that.
+        """
+        head, end, rest = self._raw.partition(b"\r\n\r\n")
+        self._raw = b""
+        self._foreign = False
+        self._parser = httptools.HttpRequestParser(self)
+        self.data_received(_UPGRADE.sub(b"", head) + end + rest)
+
     def _hand_over(self) -> None:
         """Give the connection, with the bytes of the request that began, to uvicorn."""
         if not self._apart:
@@ -267,6 +288,20 @@ class DirectProtocol(asyncio.Protocol):
                 b"%b%bcontent-length: 0\r\nconnection: close\r\n\r\n"
                 % (STATUS_LINES[status], self.default_headers())
             )
+            self._part()
+
+    def _part(self) -> None:
+        """Close, but let a client that is still sending read what it was answered.
+
+        A socket closed with bytes unread resets the connection, and the reset may overtake the
+        answer. So our side ends, and what the client still sends is read and dropped.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(PARTING_S, self.transport.close)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
             self.transport.close()
 
     def _look_at_time(self) -> None:

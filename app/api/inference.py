@@ -56,19 +56,22 @@ class Inference:
         started = rooms.clock.monotonic()
         answer = _Answer(exchange, self._request_id(exchange.headers))
         try:
-            await self._serve(exchange, rooms, answer)
-        except LoragateError as exc:
-            await answer.fail(exc)
+            try:
+                await self._serve(exchange, rooms, answer)
+            except LoragateError as exc:
+                await answer.fail(exc)
+            except ClientLeft:
+                raise
+            except Exception as exc:
+                request_id.set(answer.request_id.decode())
+                logger.exception(Event.REQUEST_CRASHED.value)
+                await answer.fail(exc)
         except ClientLeft:
             answer.status = CLIENT_LEFT
         except CancelledError:
             answer.status = CLIENT_LEFT
             if not exchange.left:
                 raise
-        except Exception as exc:
-            request_id.set(answer.request_id.decode())
-            logger.exception(Event.REQUEST_CRASHED.value)
-            await answer.fail(exc)
         finally:
             duration_s = rooms.clock.monotonic() - started
             rooms.meter.ended(exchange.path, answer.status, duration_s)
