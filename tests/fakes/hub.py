@@ -66,11 +66,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, self.headers.get("Authorization")))
         status, body, headers = self.server.answers.get(self.path, (404, b"{}", {}))
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+        # Said, and not only done: a client may not reuse a connection that is about to close.
+        own = {"Content-Length": str(len(body)), "Connection": "close"}
+        for name, value in (own | headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-        self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
