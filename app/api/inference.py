@@ -63,8 +63,9 @@ class Inference:
             except ClientLeft:
                 raise
             except Exception as exc:
-                request_id.set(answer.request_id.decode())
+                token = request_id.set(answer.request_id.decode())
                 logger.exception(Event.REQUEST_CRASHED.value)
+                request_id.reset(token)  # the task goes on to the connection's next request
                 await answer.fail(exc)
         except ClientLeft:
             answer.status = CLIENT_LEFT
