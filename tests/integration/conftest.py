@@ -15,8 +15,8 @@ from tests.waiting import wait_until
 
 
 @pytest.fixture
-def workbench(tmp_path: Path) -> Workbench:
-    return Workbench(tmp_path)
+def workbench(tmp_path: Path, sqlite_template: Path) -> Workbench:
+    return Workbench(tmp_path, sqlite_template)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -27,7 +28,7 @@ from app.settings import PoolSettings, Settings
 from tests.fakes.adapters import write_adapter, write_base
 from tests.fakes.loops import LoopThread
 from tests.fakes.upstream import FakeUpstream
-from tests.waiting import wait_until
+from tests.waiting import until, wait_until
 
 BASE = "tiny"
 
@@ -75,7 +76,7 @@ class Gateway:
     def close(self) -> None:
         self.client.close()
         self._server.should_exit = True
-        self._served.exception(timeout=20)
+        self._served.result(timeout=20)
         self._socket.close()
         self._thread.close()
 
@@ -131,21 +132,35 @@ class Gateway:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but it looks every few milliseconds whether it should end."""
+    """uvicorn without its tenths of a second; a gateway that does not end is a failed test."""
 
     async def main_loop(self) -> None:
         while not self.should_exit:
             await self.on_tick(0)
             await asyncio.sleep(0.005)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        state = self.server_state
+        await until(lambda: not (state.connections or state.tasks), within_s=10, every_s=0.005)
+        await self.lifespan.shutdown()
+
 
 class Workbench:
     """A folder for one test: adapters to register, a base to check them against, settings."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, database: Path | None = None) -> None:
+        """`database` is a migrated one to begin with a copy of."""
         self.root = root
         self.base = write_base(root / "base")
         self._written = 0
+        self._database = root / "data" / "loragate.db" if database else None
+        if database and self._database:
+            self._database.parent.mkdir()
+            shutil.copy(database, self._database)
 
     def adapter(self, **fields: Any) -> Path:
         """A new adapter folder; no two have the same weights unless `seed` says so."""
@@ -173,6 +188,8 @@ class Workbench:
             "connect_timeout_s": 1.0,
             "access_log": "all",
         }
+        if self._database and "data_dir" not in overrides:
+            defaults["database_url"] = f"sqlite:///{self._database}"
         return Settings(**(defaults | overrides))
 
 

@@ -9,11 +9,9 @@ import openai
 import pytest
 
 from tests.fakes.upstream import FakeUpstream
-from tests.integration.gateway import BASE, DOORS, Gateway, StartGateway, Workbench
+from tests.integration.gateway import BASE, Gateway, StartGateway, Workbench
 from tests.integration.wire import Wire
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.parametrize("door", DOORS)
 
 ASK: Any = [{"role": "user", "content": "hello"}]
 PAYLOAD = {"model": BASE, "messages": ASK}
