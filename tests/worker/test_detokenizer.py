@@ -32,6 +32,13 @@ def test_pieces_add_up_to_the_text(name: str, text: str, data: st.DataObject) ->
     assert "".join(stream(tokens, whole[:seam], whole[seam:])) == tokens.decode(whole)[len(begun) :]
 
 
+def test_a_character_split_behind_a_long_run_of_bytes() -> None:
+    """One unfinished character spoils the whole run for a decoder that falls back to bytes."""
+    tokens = TOKENIZERS["metaspace"]
+    whole = tokens.encode("x" + "'é" * 40 + "😀.")
+    assert "".join(stream(tokens, whole[:-2], whole[-2:])) == "😀."
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_split_character_is_held_back(name: str) -> None:
     tokens = TOKENIZERS[name]

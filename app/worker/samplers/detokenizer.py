@@ -23,13 +23,9 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]) -> None:
         self._decode = decode
-        self._window = self._context(prompt)
-        self._read = len(self._window)
-        self._shown = decode(self._window)
         # A character the prompt leaves unfinished belongs to whoever finishes it.
-        while self._read and self._shown.endswith(REPLACEMENT):
-            self._read -= 1
-            self._shown = decode(self._window[: self._read])
+        self._window, self._read = self._context(list(prompt))
+        self._shown = decode(self._window[: self._read])
 
     def push(self, token: int) -> str:
         """The text `token` completes; empty while a character is unfinished."""
@@ -44,10 +40,18 @@ class Detokenizer:
         self._shown = self._decode(self._window)
         return added
 
-    def _context(self, prompt: Sequence[int]) -> list[int]:
-        """The end of the prompt, from where a character begins."""
-        for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + LONGEST_CHARACTER):
-            window = list(prompt[-count:])
-            if not self._decode(window).startswith(REPLACEMENT):
-                return window
-        return []
+    def _context(self, prompt: list[int]) -> tuple[list[int], int]:
+        """The end of the prompt, and how many of its tokens end where a character does.
+
+        One unfinished character spoils all the bytes before it for decoders that fall back to
+        bytes (they replace the whole run), so its tokens are set aside before looking for where
+        a character begins.
+        """
+        for unfinished in range(min(LONGEST_CHARACTER, len(prompt) + 1)):
+            end = len(prompt) - unfinished
+            for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + LONGEST_CHARACTER):
+                window = prompt[max(0, end - count) : end]
+                text = self._decode(window)
+                if not text.startswith(REPLACEMENT) and not text.endswith(REPLACEMENT):
+                    return window + prompt[end:], len(window)
+        return [], 0
