@@ -119,7 +119,7 @@ class DirectExchange:
             await blocked
 
     async def relay(self, reply: Reply) -> None:
-        await reply.pipe(self)
+        await reply.pipe(self.push)
 
     async def end(self) -> None:
         if self._connection.transport.is_closing():

@@ -10,12 +10,8 @@ from asyncio import Future
 from collections.abc import Callable
 from typing import Protocol, Self
 
-
-class Sink(Protocol):
-    """Takes bytes at once, and says when there are too many of them."""
-
-    def push(self, data: bytes) -> Future[None] | None:
-        """Send bytes on. A future means: no more until it is done."""
+#: Sends bytes on at once. A future in answer means: no more until it is done.
+Push = Callable[[bytes], Future[None] | None]
 
 
 class ReplyBody(Protocol):
@@ -33,8 +29,8 @@ class ReplyBody(Protocol):
             UpstreamTimeout: it was silent for too long.
         """
 
-    async def pipe(self, sink: Sink) -> None:
-        """Push the bytes into `sink` as they arrive, until the end. Raises as `next` does."""
+    async def pipe(self, push: Push) -> None:
+        """Push the bytes on as they arrive, until the end. Raises as `next` does."""
 
     def take(self) -> bytes:
         """What has arrived and was not read, without waiting."""
@@ -47,6 +43,9 @@ class Tap(Protocol):
     """Sees the bytes of a reply pass and may withhold some of them."""
 
     def feed(self, data: bytes) -> bytes: ...
+
+    def around(self, push: Push) -> Push:
+        """`push` behind `feed`, in one call where nothing has to be withheld."""
 
     def finish(self) -> bytes:
         """What was held back and belongs to the client after all."""
@@ -104,19 +103,19 @@ class Reply:
                 return data
         return b""
 
-    async def pipe(self, sink: Sink) -> None:
-        """Push the reply into `sink` as it arrives: `next` without a task step for each piece.
+    async def pipe(self, push: Push) -> None:
+        """Push the reply on as it arrives: `next` without a task step for each piece.
 
         Raises:
             UpstreamBroke: the replica closed before the end.
             UpstreamTimeout: it was silent for too long.
         """
         if self._tap is None:
-            await self._body.pipe(sink)
+            await self._body.pipe(push)
             return
-        await self._body.pipe(_Tapped(self._tap, sink))
+        await self._body.pipe(self._tap.around(push))
         if held := self._tap.finish():
-            sink.push(held)
+            push(held)
 
     def take(self) -> bytes:
         """The rest of a complete reply."""
@@ -143,20 +142,6 @@ class Reply:
             callback()
 
 
-class _Tapped:
-    """A sink behind a tap."""
-
-    __slots__ = ("_feed", "_push")
-
-    def __init__(self, tap: Tap, sink: Sink) -> None:
-        self._feed = tap.feed
-        self._push = sink.push
-
-    def push(self, data: bytes) -> Future[None] | None:
-        data = self._feed(data)
-        return self._push(data) if data else None
-
-
 class BufferedBody:
     """A body that is already here in full."""
 
@@ -170,8 +155,8 @@ class BufferedBody:
     async def next(self) -> bytes:
         return self.take()
 
-    async def pipe(self, sink: Sink) -> None:
-        sink.push(self.take())
+    async def pipe(self, push: Push) -> None:
+        push(self.take())
 
     def take(self) -> bytes:
         data, self._data = self._data, b""

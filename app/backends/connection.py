@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from app.backends.base import Sink
+from app.backends.base import Push
 from app.errors import UpstreamBroke, UpstreamError, UpstreamTimeout
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Response:
         "_connection",
         "_error",
         "_loop",
-        "_sink",
+        "_push",
         "_size",
         "_waiter",
         "complete",
@@ -44,7 +44,7 @@ class Response:
         self._size = 0
         self._error: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._sink: Sink | None = None
+        self._push: Push | None = None
 
     async def next(self) -> bytes:
         """All bytes that have arrived since the last call; empty at the end."""
@@ -60,31 +60,24 @@ class Response:
                 self._waiter = None
         return self.take()
 
-    async def pipe(self, sink: Sink) -> None:
-        """Push bytes into `sink` from the moment they arrive, until the end."""
+    async def pipe(self, push: Push) -> None:
+        """Push bytes on from the moment they arrive, until the end."""
         while self._chunks:  # read ahead until now, and while the sink was blocked
-            blocked = sink.push(self.take())
+            blocked = push(self.take())
             if blocked is not None:
                 await blocked
-        self._sink = sink
+        self._push = push
         while not self.complete and self._error is None:
             self._waiter = self._loop.create_future()
             await self._waiter
         if self._chunks:  # they came with the end
-            sink.push(self.take())
+            push(self.take())
         if self._error is not None:
             raise self._error
 
-    def _push_on(self, sink: Sink) -> None:
-        """Push what one read of the socket brought; one piece of it is the common case."""
-        chunks = self._chunks
-        if not chunks:
-            return
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
-        self._size = 0
-        blocked = sink.push(data)
-        if blocked is not None and self._connection is not None:
+    def _hold(self, blocked: asyncio.Future[None]) -> None:
+        """Read no more until the sink has room again."""
+        if self._connection is not None:
             self._connection.pause()
             blocked.add_done_callback(self._unblocked)
 
@@ -98,7 +91,7 @@ class Response:
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
         self._size = 0
-        if self._connection is not None and self._sink is None:
+        if self._connection is not None and self._push is None:
             self._connection.resume()
         return data
 
@@ -125,6 +118,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, client: Client) -> None:
         self.client = client
         self.deadline = 0
+        self.heard = False
         self.reused = False
         self.transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
@@ -147,13 +141,17 @@ class Connection(asyncio.Protocol):
         self._in_body = False
         self._length = None
         self._chunked = False
+        self.heard = False
         self.deadline = self.client.tick + self.client.first_byte_ticks
         self.transport.write(message)
         return head, response
 
     @property
     def overdue(self) -> bool:
-        """Silent past its deadline, and not because the reader made it wait."""
+        """Silent past its deadline, and not because the reader made it wait. Asked every tick."""
+        if self.heard:
+            self.heard = False
+            self.deadline = self.client.tick + self.client.idle_ticks
         return self._response is not None and not self._paused and self.client.tick >= self.deadline
 
     @property
@@ -203,18 +201,26 @@ class Connection(asyncio.Protocol):
             return
         if self._response is not response:
             return
-        if self._in_body:
+        if not self._in_body:
+            if self._head_bytes > self.client.limits.head_bytes:
+                self._fail(UpstreamBroke(f"replica {self.client.name} sent too large a header"))
+            return
+        self.heard = True
+        push = response._push
+        if push is None:
             self._body_received(response)
-        elif self._head_bytes > self.client.limits.head_bytes:
-            self._fail(UpstreamBroke(f"replica {self.client.name} sent too large a header"))
+        elif chunks := response._chunks:
+            # A piped stream: this is all that happens for each of its pieces.
+            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.clear()
+            response._size = 0
+            if (blocked := push(data)) is not None:
+                response._hold(blocked)
 
     def _body_received(self, response: Response) -> None:
-        self.deadline = self.client.tick + self.client.idle_ticks
         if self._head is not None:
             if self._length is None or self._length > self.client.whole_bytes:
                 self._hand_over(response)
-        elif response._sink is not None:
-            response._push_on(response._sink)
         elif response._chunks:
             response._wake()
         if response._size > self.client.limits.read_ahead_bytes:

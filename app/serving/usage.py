@@ -7,6 +7,9 @@ was made to report usage on our account is given to the client without that last
 from __future__ import annotations
 
 import re
+from asyncio import Future
+
+from app.backends.base import Push
 
 _KEY = b'"usage":'
 #: Enough for any usage object.
@@ -33,27 +36,38 @@ class UsageTap:
     choices is not.
     """
 
-    __slots__ = ("_carry", "_found", "_held", "_hide")
+    __slots__ = ("_carry", "_found", "_held", "_hide", "_open")
 
     def __init__(self, *, hide: bool) -> None:
         self._hide = hide
         self._carry = b""
         self._held = b""
         self._found = b""
+        self._open = False
 
     def feed(self, data: bytes) -> bytes:
-        if data.endswith(_EVENT_ENDS) and _KEY not in data and not self._carry and not self._held:
+        if _KEY not in data and not self._open and data.endswith(_EVENT_ENDS):
             return data  # whole events without usage: nearly all of a stream
         if self._hide:
             data = self._whole_events(data)
-        if _KEY not in data and not self._carry:
-            if not data.endswith(_EVENT_ENDS):
-                self._carry = data[-len(_KEY) :]
-            return data
-        self._look(data)
-        if self._hide and _NO_CHOICES.search(data):
-            return b"".join(e for e in _BETWEEN_EVENTS.split(data) if not _only_usage(e))
+        if _KEY in data or self._carry:
+            self._look(data)
+            if self._hide and _NO_CHOICES.search(data):
+                data = b"".join(e for e in _BETWEEN_EVENTS.split(data) if not _only_usage(e))
+        elif not data.endswith(_EVENT_ENDS):
+            self._carry = data[-len(_KEY) :]
+        self._open = bool(self._carry or self._held)
         return data
+
+    def around(self, push: Push) -> Push:
+        def tapped(data: bytes) -> Future[None] | None:
+            if _KEY in data or self._open or not data.endswith(_EVENT_ENDS):  # see `feed`
+                data = self.feed(data)
+                if not data:
+                    return None
+            return push(data)
+
+        return tapped
 
     def finish(self) -> bytes:
         held, self._held = self._held, b""

@@ -186,7 +186,7 @@ async def test_a_pipe_stops_the_server_while_its_sink_is_blocked(
         await settled(flood)
     sink = Sink(blocking=True)
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(response.pipe(sink))
+        tasks.create_task(response.pipe(sink.push))
         sent = await settled(flood)
         assert sent < 64 * MIB
         assert len(sink.data) < 2 * MIB
@@ -204,7 +204,7 @@ async def test_a_pipe_goes_on_after_its_sink_was_blocked_from_the_start(serve: A
     await until(lambda: response._size > 0)
     sink = Sink(blocking=True)
     async with asyncio.TaskGroup() as tasks:
-        task = tasks.create_task(response.pipe(sink))
+        task = tasks.create_task(response.pipe(sink.push))
         await settled(flood)
         sink.unblock()  # and from now on it takes everything
         await asyncio.wait_for(task, 5)
@@ -226,7 +226,7 @@ async def test_a_pipe_takes_what_came_with_the_end(serve: Any) -> None:
         response = await client.request(post())
         sink = Sink()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(response.pipe(sink))
+            tasks.create_task(response.pipe(sink.push))
             await until(lambda sink=sink: sink.data == b"a")
             go_on.set()
         assert sink.data == b"abc"
@@ -237,7 +237,7 @@ async def test_a_pipe_of_a_whole_body(serve: Any) -> None:
     await serve(_once(ok(b"hello")))
     response = await serve.client().request(post())
     sink = Sink(blocking=True)
-    task = asyncio.get_running_loop().create_task(response.pipe(sink))
+    task = asyncio.get_running_loop().create_task(response.pipe(sink.push))
     await until(lambda: sink.blocked is not None)
     sink.unblock()
     await task
@@ -257,7 +257,7 @@ async def test_a_pipe_delivers_what_came_before_the_garbage(serve: Any, blocked:
     response = await serve.client().request(post())
     await until(lambda: response._size > 0)
     sink = Sink(blocking=blocked)
-    task = asyncio.get_running_loop().create_task(response.pipe(sink))
+    task = asyncio.get_running_loop().create_task(response.pipe(sink.push))
     await until(lambda: sink.data == b"a")
     go_on.set()
     if blocked:
@@ -278,7 +278,7 @@ async def test_a_pipe_that_times_out(serve: Any) -> None:
     response = await serve.client(idle_s=0.1).request(post())
     sink = Sink()
     with pytest.raises(UpstreamTimeout):
-        await response.pipe(sink)
+        await response.pipe(sink.push)
     assert sink.data == b"a"
 
 

@@ -82,7 +82,7 @@ async def test_cancelled_inside_the_body(serve: Any, how: str) -> None:
         reply = Reply(response.status, response.headers, response)
         try:
             if how == "pipe":
-                await reply.pipe(Sink())
+                await reply.pipe(Sink().push)
             while data := await reply.next():
                 pushed.append(data)
         finally:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from app.backends.base import BufferedBody, Reply, Sink
+from app.backends.base import BufferedBody, Push, Reply
 from app.domain import (
     Adapter,
     AdapterVersion,
@@ -176,9 +176,9 @@ class StreamedBody:
             raise self.error
         return b""
 
-    async def pipe(self, sink: Sink) -> None:
+    async def pipe(self, push: Push) -> None:
         while data := await self.next():
-            sink.push(data)
+            push(data)
 
     def take(self) -> bytes:
         raise AssertionError("not complete")

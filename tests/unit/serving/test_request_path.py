@@ -83,7 +83,7 @@ async def test_a_stream_is_billed_and_its_usage_shown_to_who_asked(
     assert b'"include_usage":true' in line.made.connected[0].sent[0][1]
     pushed: list[bytes] = []
     if how == "pipe":
-        await reply.pipe(Sink())
+        await reply.pipe(Sink().push)
     else:
         pushed.append(await reply.read(10_000))
     reply.close()
@@ -101,7 +101,7 @@ async def test_a_pipe_delivers_what_the_tap_held_back(line: Line) -> None:
     await line.made.sync(WORLD)
     line.made.connected[0].answers = [lambda: stream(EVENT, b"data: unfinished")]
     reply = await line.serve(b'{"model":"pirate","stream":true}')
-    await reply.pipe(Sink())
+    await reply.pipe(Sink().push)
     assert b"".join(pushed) == EVENT + b"data: unfinished"
     reply.close()
 
