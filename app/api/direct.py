@@ -175,9 +175,11 @@ class DirectProtocol(asyncio.Protocol):
             self._begin(exchange)
 
     def on_body(self, data: bytes) -> None:
-        if self._receiving is not None:
-            self._active_at = self._loop.time()
-            self._receiving.received(data)
+        exchange = self._receiving
+        if exchange is not None:
+            exchange.received(data)
+            if exchange.taken_up:  # a long one: as long as it comes, it is not too slow
+                self._active_at = self._loop.time()
 
     def on_message_complete(self) -> None:
         exchange, self._receiving = self._receiving, None

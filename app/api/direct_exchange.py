@@ -64,19 +64,23 @@ class DirectExchange:
         self._chunked = False
 
     async def body(self, limit: int) -> bytes:
+        if not self.complete:
+            await self._rest(limit)
+        if self._size > limit:
+            raise _too_large(limit)
+        body = self._body
+        return body[0] if len(body) == 1 else b"".join(body)
+
+    async def _rest(self, limit: int) -> None:
+        """Wait for the body's end, unless it is known to be too large before."""
         announced = self.headers.get(b"content-length", b"0")
         if len(announced) > 18 or int(announced) > limit:
             raise _too_large(limit)
-        if self.expects_continue and not self.complete:
+        if self.expects_continue:
             self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while not self.complete:
-            if self._size > limit:
-                raise _too_large(limit)
+        while not self.complete and self._size <= limit:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        if self._size > limit:
-            raise _too_large(limit)
-        return self._body[0] if len(self._body) == 1 else b"".join(self._body)
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         connection = self._connection

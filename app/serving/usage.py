@@ -71,8 +71,9 @@ class UsageTap:
 
     def finish(self) -> bytes:
         held, self._held = self._held, b""
-        if held:  # a stream that ended without an empty line
-            self._look(held)
+        if not held:
+            return b""
+        self._look(held)  # a stream that ended without an empty line
         return b"" if _only_usage(held) else held
 
     def counts(self) -> tuple[int, int]:
