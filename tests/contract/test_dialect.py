@@ -134,7 +134,14 @@ def test_unknown_model(http: httpx.Client, server: ModelServer, path: str) -> No
 
 
 def test_completion(http: httpx.Client, loaded: str) -> None:
-    payload = {"model": loaded, "max_tokens": 3, "logprobs": 1, "n": 2, "temperature": 1.0}
+    payload = {
+        "model": loaded,
+        "max_tokens": 3,
+        "ignore_eos": True,
+        "logprobs": 1,
+        "n": 2,
+        "temperature": 1.0,
+    }
     answer = http.post("/v1/completions", json=payload | PROMPT).json()
     assert (answer["object"], answer["model"]) == ("text_completion", loaded)
     assert answer["id"].startswith("cmpl-")
@@ -153,7 +160,7 @@ def test_completion(http: httpx.Client, loaded: str) -> None:
 def test_completion_of_many_prompts(http: httpx.Client, loaded: str) -> None:
     tokens = http.post("/tokenize", json={"model": loaded} | PROMPT).json()["tokens"]
     for prompt in (["one", "two", "three"], [tokens, tokens, tokens]):
-        payload = {"model": loaded, "prompt": prompt, "max_tokens": 2}
+        payload = {"model": loaded, "prompt": prompt, "max_tokens": 2, "ignore_eos": True}
         answer = http.post("/v1/completions", json=payload).json()
         assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
         assert answer["usage"]["completion_tokens"] == 6
@@ -161,7 +168,7 @@ def test_completion_of_many_prompts(http: httpx.Client, loaded: str) -> None:
 
 def test_completion_stream(http: httpx.Client, loaded: str) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    payload = {"model": loaded, "max_tokens": 3} | PROMPT | options
+    payload = {"model": loaded, "max_tokens": 3, "ignore_eos": True} | PROMPT | options
     *chunks, last = events(http.post("/v1/completions", json=payload))
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
     assert {chunk["model"] for chunk in chunks} == {loaded}
@@ -171,7 +178,13 @@ def test_completion_stream(http: httpx.Client, loaded: str) -> None:
 
 
 def test_chat(http: httpx.Client, loaded: str) -> None:
-    payload = {"model": loaded, "max_tokens": 3, "logprobs": True, "top_logprobs": 1} | CHAT
+    payload = {
+        "model": loaded,
+        "max_tokens": 3,
+        "ignore_eos": True,
+        "logprobs": True,
+        "top_logprobs": 1,
+    } | CHAT
     answer = http.post("/v1/chat/completions", json=payload).json()
     assert (answer["object"], answer["model"]) == ("chat.completion", loaded)
     assert answer["id"].startswith("chatcmpl-")
@@ -187,7 +200,7 @@ def test_chat(http: httpx.Client, loaded: str) -> None:
 
 def test_chat_stream(http: httpx.Client, loaded: str) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    payload = {"model": loaded, "max_tokens": 3} | CHAT | options
+    payload = {"model": loaded, "max_tokens": 3, "ignore_eos": True} | CHAT | options
     first, *chunks, last = events(http.post("/v1/chat/completions", json=payload))
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
@@ -197,7 +210,7 @@ def test_chat_stream(http: httpx.Client, loaded: str) -> None:
 
 
 def test_stream_without_usage_has_none(http: httpx.Client, loaded: str) -> None:
-    payload = {"model": loaded, "max_tokens": 2, "stream": True} | CHAT
+    payload = {"model": loaded, "max_tokens": 2, "ignore_eos": True, "stream": True} | CHAT
     chunks = events(http.post("/v1/chat/completions", json=payload))
     assert not any(chunk.get("usage") for chunk in chunks)
 
