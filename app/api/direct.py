@@ -5,8 +5,8 @@ request is for anything else is handed, with the bytes it sent, to uvicorn's own
 keeps it from then on; so FastAPI, HTTP's rarer features and every ASGI middleware stay uvicorn's.
 
 Why: an ASGI cycle costs more than the rest of forwarding a request. Here a whole response is one
-write, a client that leaves cancels its task without a second task waiting for that, and there is
-no scope, no message dictionaries and no queue (docs/adr/0003).
+write, a client that leaves cancels the connection's task without a second task waiting for that,
+and there are no scopes and no message dictionaries (docs/adr/0003).
 """
 
 from __future__ import annotations
