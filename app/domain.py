@@ -53,7 +53,9 @@ class Pool:
     """Interchangeable servers of one base model.
 
     `served_name` is what its replicas call the base. `store_mount` is the folder under which
-    they see the adapter store, when that differs from the gateway's own path.
+    they see the adapter store, when that differs from the gateway's own path. `max_loras` and
+    `max_cpu_loras` are the replicas' options of those names: adapters in one step, and in memory.
+    A replica gets at most `max_inflight` requests at once; `max_queue` more wait for the pool.
     """
 
     name: str
@@ -62,6 +64,14 @@ class Pool:
     max_lora_rank: int = 64
     max_loras: int = 8
     store_mount: str | None = None
+    max_cpu_loras: int | None = None
+    max_inflight: int = 256
+    max_queue: int = 1024
+
+    @property
+    def cpu_slots(self) -> int:
+        """Adapters a replica keeps in memory: vLLM's own default is `max_loras`."""
+        return max(self.max_loras, self.max_cpu_loras or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,8 @@ class AdapterVersion:
     """Immutable weights: version `number` (1, 2, …) of `adapter`.
 
     `digest` is the sha-256 of its files and names its folder in the store; `rank` is the
-    largest rank of any module.
+    largest rank of any module. `targets_lm_head`: it changes the output layer, which some engines
+    leave out of prompt logprobs. `probed`: a `Probe` was registered with it.
     """
 
     adapter: str
@@ -92,11 +103,38 @@ class AdapterVersion:
     digest: str
     rank: int
     base_model: str
+    targets_lm_head: bool = False
+    probed: bool = False
 
     @property
     def upstream_name(self) -> str:
         """What a replica is asked for. Never reused: an engine's prefix cache is keyed by it."""
         return f"{self.adapter}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What the trainer computed for some token ids, to prove that served is what was trained.
+
+    `logprobs[i][j]` is the natural-log probability of `token_ids[i][j + 1]` given the ids before
+    it, so a row of `logprobs` is one shorter than its ids. They were computed in `dtype`.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+    dtype: str = "float32"
+
+
+class Sticky(StrEnum):
+    """What keeps a client of a weighted alias on one version.
+
+    `user`: the session or `user` a request names, if it names one; `key`: its API key;
+    `none`: every request draws anew.
+    """
+
+    NONE = "none"
+    USER = "user"
+    KEY = "key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +146,7 @@ class Alias:
 
     name: str
     targets: tuple[tuple[int, int], ...]
+    sticky: Sticky = Sticky.USER
 
 
 @dataclass(frozen=True, slots=True)
