@@ -99,6 +99,12 @@ class Settings(BaseSettings):
         0.25, gt=0, description="How often the registry is looked at for changes made elsewhere."
     )
     flush_usage_period_s: float = Field(5.0, gt=0, description="How often usage is written down.")
+    unload_grace_s: float = Field(
+        60.0,
+        ge=0,
+        description="How long a version that no alias points to stays loaded after its last "
+        "request.",
+    )
     reap_period_s: float = Field(60.0, gt=0, description="How often unused files are collected.")
     reap_grace_s: float = Field(
         600.0,

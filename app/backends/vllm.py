@@ -7,16 +7,24 @@ unloading only makes it forget the name, and any load failure that is not the ca
 
 from __future__ import annotations
 
+import re
 import ssl
+from math import isfinite
 from urllib.parse import urlsplit
 
 import msgspec
 
-from app.backends.base import Reply
+from app.backends.base import EngineStatus, Features, Reply
 from app.backends.wire import Client, Limits
 from app.errors import AdapterLoadFailed, ConfigurationError, UpstreamBroke, UpstreamError
 
 _ANSWER_BYTES = 16 << 20
+#: A sample of one of the metrics read here: its name, labels if any, and its value.
+_SAMPLE = re.compile(
+    rb"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
+    rb"|process_start_time_seconds)(?:\{[^}\n]*\})? (\S+)",
+    re.MULTILINE,
+)
 
 
 class _Card(msgspec.Struct):
@@ -118,6 +126,31 @@ class VllmBackend:
             return False
         return status == 200
 
+    async def status(self) -> EngineStatus:
+        status, data = await self._get("/metrics")
+        if status != 200:
+            return EngineStatus()  # a server that speaks the dialect and has no metrics
+        samples: dict[bytes, list[float]] = {}
+        for name, value in _SAMPLE.findall(data):
+            try:
+                samples.setdefault(name, []).append(float(value))
+            except ValueError as exc:
+                raise UpstreamBroke(f"the replica's {name.decode()} is {value!r}") from exc
+        # One sample for each engine behind the server: their requests add up.
+        started = samples.get(b"process_start_time_seconds")
+        return EngineStatus(
+            running=_total(samples.get(b"vllm:num_requests_running")),
+            waiting=_total(samples.get(b"vllm:num_requests_waiting")),
+            kv_cache_usage=max(samples.get(b"vllm:kv_cache_usage_perc", [0.0])),
+            started_at=started[0] if started else None,
+        )
+
+    async def features(self):
+        return Features()
+
+    async def score(self, name, token_ids):
+        return []
+
     async def close(self) -> None:
         for client in (self._inference, self._loads, self._probes):
             client.close()
@@ -142,6 +175,10 @@ class VllmBackend:
     async def _get(self, path: str) -> tuple[int, bytes]:
         message = b"GET %b HTTP/1.1\r\n%b\r\n" % (path.encode(), self._common)
         return await _read(self._probes, message)
+
+
+def _total(samples: list[float] | None) -> int:
+    return int(sum(sample for sample in samples or () if isfinite(sample)))
 
 
 async def _read(client: Client, message: bytes) -> tuple[int, bytes]:
