@@ -7,7 +7,7 @@ of routing, keys or adapters' versions.
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
 #: Sends bytes on at once. A future in answer means: no more until it is done.
@@ -193,6 +193,15 @@ class Backend(Protocol):
 
     async def list_adapters(self) -> dict[str, str]:
         """The adapters it has: name -> path."""
+
+    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The logprob under `name` of every id but the first of each row.
+
+        One row a request: some engines die of two rows' prompt logprobs in one step.
+
+        Raises:
+            UpstreamError: it did not answer, or refused.
+        """
 
     async def healthy(self) -> bool:
         """Whether it takes requests."""

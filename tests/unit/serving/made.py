@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -106,6 +107,7 @@ class FakeBackend:
         self.answers: list[Callable[[], Reply] | LoragateError] = []
         self.load_errors: list[Exception | None] = []
         self.list_error: LoragateError | None = None
+        self.score_error: LoragateError | None = None
         self.loading: asyncio.Event | None = None
         self.answering: asyncio.Event | None = None
 
@@ -135,6 +137,17 @@ class FakeBackend:
         if error is not None:
             raise error
         self.adapters[name] = path
+
+    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Other weights, which here are another path, say something else of the same tokens."""
+        if self.score_error is not None:
+            raise self.score_error
+        whose = self.adapters.get(name, name)
+
+        def logprob(row: Sequence[int], at: int) -> float:
+            return -(zlib.crc32(f"{whose} {list(row[: at + 1])}".encode()) % 8192) / 1024
+
+        return [[logprob(row, at) for at in range(1, len(row))] for row in token_ids]
 
     async def unload_adapter(self, name: str) -> None:
         self.unloads.append(name)
