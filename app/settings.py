@@ -32,6 +32,15 @@ class PoolSettings(BaseModel):
     )
     max_lora_rank: int = Field(64, ge=1, description="The replicas' --max-lora-rank.")
     max_loras: int = Field(8, ge=1, description="The replicas' --max-loras.")
+    max_cpu_loras: int | None = Field(
+        None, ge=1, description="The replicas' --max-cpu-loras; as `max_loras` when left out."
+    )
+    max_inflight: int = Field(
+        256, ge=1, description="Most requests that one replica is given at once."
+    )
+    max_queue: int = Field(
+        1024, ge=0, description="Most requests that wait while every replica has that many."
+    )
     store_mount: str | None = Field(
         None, description="Where the replicas see the adapter store, if not at the same path."
     )

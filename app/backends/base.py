@@ -225,18 +225,20 @@ class Backend(Protocol):
     async def list_adapters(self) -> dict[str, str]:
         """The adapters it has: name -> path."""
 
+    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The logprob under `name` of every id but the first of each row.
+
+        One row a request: some engines die of two rows' prompt logprobs in one step.
+
+        Raises:
+            UpstreamError: it did not answer, or refused.
+        """
+
     async def healthy(self) -> bool:
         """Whether it takes requests."""
 
     async def status(self) -> EngineStatus:
         """How busy it is, and which process it is.
-
-        Raises:
-            UpstreamError: it could not be asked.
-        """
-
-    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Natural-log probabilities of each id but the first, given those before it.
 
         Raises:
             UpstreamError: it could not be asked.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import ssl
 from math import isfinite
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import msgspec
@@ -35,6 +36,18 @@ class _Card(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Card]
+
+
+class _Ranked(msgspec.Struct):
+    logprob: float
+
+
+class _ScoredChoice(msgspec.Struct):
+    prompt_logprobs: list[dict[str, _Ranked] | None]
+
+
+class _Scored(msgspec.Struct):
+    choices: list[_ScoredChoice]
 
 
 class _Complaint(msgspec.Struct):
@@ -119,6 +132,9 @@ class VllmBackend:
             raise UpstreamBroke(f"the replica's /v1/models is not a model list: {exc}") from exc
         return {card.id: card.root or "" for card in cards if card.parent is not None}
 
+    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [await self._score(name, row) for row in token_ids]
+
     async def healthy(self) -> bool:
         try:
             status, _ = await self._get("/health")
@@ -145,15 +161,28 @@ class VllmBackend:
             started_at=started[0] if started else None,
         )
 
-    async def features(self):
+    async def features(self) -> Features:
         return Features()
-
-    async def score(self, name, token_ids):
-        return []
 
     async def close(self) -> None:
         for client in (self._inference, self._loads, self._probes):
             client.close()
+
+    async def _score(self, name: str, row: Sequence[int]) -> list[float]:
+        # A step must sample something; 0 is the fewest alternatives: the prompt's own tokens.
+        asked = {"model": name, "prompt": row, "max_tokens": 1, "prompt_logprobs": 0}
+        body = msgspec.json.encode(asked | {"temperature": 0.0})
+        path = "/v1/completions"
+        message = b"%b%d\r\n\r\n%b" % (self._post_head(path), len(body), body)
+        status, data = await _read(self._loads, message)
+        if status != 200:
+            raise UpstreamError(f"the replica did not score {name}: {complaint(data)}")
+        try:
+            (choice,) = msgspec.json.decode(data, type=_Scored).choices
+            pairs = zip(row[1:], choice.prompt_logprobs[1:], strict=True)
+            return [(ranked or {})[str(token)].logprob for token, ranked in pairs]
+        except (msgspec.DecodeError, ValueError, KeyError) as exc:
+            raise UpstreamBroke(f"the replica's logprobs of {name} are not of its prompt") from exc
 
     async def _ask_load(self, name: str, path: str) -> tuple[int, str]:
         body = msgspec.json.encode({"lora_name": name, "lora_path": path})

@@ -168,7 +168,7 @@ class Loads:
         probe = await self._find_probe(version)
         if probe is not None:
             served = await replica.backend.score(name, probe.token_ids)
-            verdict = compare(probe, served, replica.features.dtype)
+            verdict = compare(probe, served, replica.features.dtype or "unknown")
             if not verdict.ok:
                 why = f"The replica {replica.id} serves {name!r} wrongly: {verdict}"
                 replica.quarantined[name] = why

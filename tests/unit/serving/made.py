@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -110,7 +111,7 @@ class FakeBackend:
         self.load_errors: list[Exception | None] = []
         self.list_error: LoragateError | None = None
         self.engine = EngineStatus(started_at=1.0)
-        self.scores: dict[str, list[list[float]]] = {}
+        self.score_error: LoragateError | None = None
         self.scored: list[str] = []
         self.loading: asyncio.Event | None = None
         self.answering: asyncio.Event | None = None
@@ -142,6 +143,18 @@ class FakeBackend:
             raise error
         self.adapters[name] = path
 
+    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Other weights, which here are another path, say something else of the same tokens."""
+        self.scored.append(name)
+        if self.score_error is not None:
+            raise self.score_error
+        whose = self.adapters.get(name, name)
+
+        def logprob(row: Sequence[int], at: int) -> float:
+            return -(zlib.crc32(f"{whose} {list(row[: at + 1])}".encode()) % 8192) / 1024
+
+        return [[logprob(row, at) for at in range(1, len(row))] for row in token_ids]
+
     async def unload_adapter(self, name: str) -> None:
         self.unloads.append(name)
         self.adapters.pop(name, None)
@@ -159,10 +172,6 @@ class FakeBackend:
 
     async def features(self) -> Features:
         return Features()
-
-    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        self.scored.append(name)
-        return self.scores[name]
 
     async def close(self) -> None:
         self.closed = True
