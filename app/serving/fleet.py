@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path, PurePosixPath
 
 from app.backends.base import Backend
 from app.clock import Clock
-from app.domain import AdapterVersion, Pool, Replica, ReplicaState
+from app.domain import AdapterVersion, Pool, Replica, ReplicaState, Route
 from app.errors import AdapterLoadFailed, LoragateError, UpstreamBroke, UpstreamError
 from app.serving.snapshot import Snapshot
 from app.telemetry import Event, log
@@ -165,6 +165,11 @@ class Fleet:
     def candidates(self, pool: str) -> Iterable[LiveReplica]:
         """The replicas of a pool, whatever their state."""
         return self._by_pool.get(pool, ())
+
+    def spread(self, route: Route, wanted: int) -> Sequence[LiveReplica]:
+        """The replicas that should share a batch, best first; at most `wanted`."""
+        able = [replica for replica in self.candidates(route.pool) if replica.available]
+        return sorted(able, key=lambda replica: (replica.inflight, replica.last_claim))[:wanted]
 
     def inflight(self, upstream_name: str) -> int:
         """Requests for a version running anywhere."""

@@ -18,7 +18,7 @@ from app.errors import (
     UpstreamRefused,
 )
 from app.serving.fleet import Fleet, LiveReplica
-from app.serving.policies import least_inflight
+from app.serving.policies import preferred
 from app.serving.request import InferenceRequest
 
 MAX_ATTEMPTS = 3
@@ -39,8 +39,12 @@ class Forwarder:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
 
-    async def forward(self, request: InferenceRequest, route: Route) -> Reply:
-        """Raises:
+    async def forward(
+        self, request: InferenceRequest, route: Route, *, prefer: str | None = None
+    ) -> Reply:
+        """Send it to a replica of the route's pool: to `prefer`, if that one can take it.
+
+        Raises:
         NoReplicaAvailable: no replica of the pool can take it now.
         AdapterLoadFailed: the replica refuses the adapter's weights.
         UpstreamTimeout: no answer in time.
@@ -50,7 +54,7 @@ class Forwarder:
         overloaded: Reply | None = None
         failed: AdapterLoadFailed | None = None
         for _ in range(MAX_ATTEMPTS):
-            replica = least_inflight(self.fleet.candidates(route.pool), tried)
+            replica = preferred(self.fleet.candidates(route.pool), tried, prefer)
             if replica is None:
                 break
             replica.claim(route.upstream_name)  # no await between pick and claim

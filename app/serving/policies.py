@@ -21,3 +21,14 @@ def least_inflight(replicas: Iterable[LiveReplica], tried: Container[str]) -> Li
         if best is None or rank < best_rank:
             best, best_rank = replica, rank
     return best
+
+
+def preferred(
+    replicas: Iterable[LiveReplica], tried: Container[str], prefer: str | None
+) -> LiveReplica | None:
+    """The replica `prefer` if it is available and was not tried; else as `least_inflight`."""
+    if prefer is not None and prefer not in tried:
+        for replica in replicas:
+            if replica.id == prefer and replica.available:
+                return replica
+    return least_inflight(replicas, tried)
