@@ -26,6 +26,7 @@ from app.control.tasks.sweep import Sweep
 from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url
 from app.domain import Replica
+from app.serving.batches import Batches
 from app.serving.fleet import Fleet
 from app.serving.forward import Forwarder
 from app.serving.meter import Meter
@@ -70,6 +71,9 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     fleet = Fleet(_connect(settings), clock=clock, store_root=store.root, store_path=store.path)
     await stack.enter_async_context(fleet)
 
+    forwarder = Forwarder(fleet)
+    batches = Batches(forwarder, fleet, meter)
+
     driver = Driver(clock)
     publish = Publish(db, snapshots, fleet, settings)
     flush = FlushUsage(db, meter, clock)
@@ -85,7 +89,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         snapshots=snapshots,
         fleet=fleet,
         meter=meter,
-        request_path=RequestPath(Forwarder(fleet), meter),
+        request_path=RequestPath(forwarder, batches, meter),
         driver=driver,
         publish=driver.add("publish", publish.activate, settings.publish_period_s),
         reap=driver.add(
