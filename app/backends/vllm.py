@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import ssl
-from math import isfinite
 from collections.abc import Sequence
+from math import isfinite
 from urllib.parse import urlsplit
 
 import msgspec

@@ -37,6 +37,7 @@ class FakeEngine:
         self.adapters: dict[str, str] = {}
         self.weights: dict[str, str] = {}
         self.dead = False
+        self.call_s = 0.0
         self._ids = itertools.count(1)
 
     async def answer(self, request: Request) -> Answer:
@@ -54,6 +55,8 @@ class FakeEngine:
                 return await self._load(dialect.parse(request.body))
             case ("POST", "/v1/unload_lora_adapter"):
                 return self._unload(dialect.parse(request.body))
+        if self.call_s:
+            await asyncio.sleep(self.call_s)  # as long as a step takes, however many are in it
         return self._inference(request)
 
     def _inference(self, request: Request) -> Answer:
