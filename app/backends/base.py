@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from asyncio import Future
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 #: Sends bytes on at once. A future in answer means: no more until it is done.
@@ -166,6 +167,20 @@ class BufferedBody:
         self._data = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a replica gets right beyond its dialect.
+
+    `prompt_logprobs`: asking for them is safe and right for the base, as long as no adapter that
+    changes lm_head is loaded beside it. `lora_prompt_logprobs`: so it is for adapters that leave
+    lm_head alone. `lm_head_prompt_logprobs`: for those that change it as well, and beside them.
+    """
+
+    prompt_logprobs: bool
+    lora_prompt_logprobs: bool
+    lm_head_prompt_logprobs: bool
+
+
 class Backend(Protocol):
     """A dialect of model server: one of these for each replica."""
 
@@ -196,6 +211,13 @@ class Backend(Protocol):
 
     async def healthy(self) -> bool:
         """Whether it takes requests."""
+
+    async def features(self) -> Features:
+        """What it gets right. It may have changed after a restart, and not before.
+
+        Raises:
+            UpstreamError: it could not be asked.
+        """
 
     async def close(self) -> None:
         """Close idle connections, and the others as they finish."""

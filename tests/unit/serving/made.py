@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from app.backends.base import BufferedBody, Push, Reply
+from app.backends.base import BufferedBody, Features, Push, Reply
 from app.domain import (
     Adapter,
     AdapterVersion,
@@ -98,6 +98,7 @@ class FakeBackend:
         self.served = served
         self.adapters: dict[str, str] = {}
         self.well = True
+        self.gets_right = Features(True, True, True)
         self.closed = False
         self.sent: list[tuple[str, bytes, bytes]] = []
         self.loads: list[tuple[str, str]] = []
@@ -147,6 +148,9 @@ class FakeBackend:
 
     async def healthy(self) -> bool:
         return self.well
+
+    async def features(self) -> Features:
+        return self.gets_right
 
     async def close(self) -> None:
         self.closed = True
