@@ -70,7 +70,8 @@ class InferenceRequest:
     `headers` are header lines to send upstream, each ended by CRLF. `reports_usage` is false for
     a stream that would end without telling how many tokens it took. `content` is the JSON of the
     prompt, the messages or the input, as it stands in the body. `batch`: the prompt is an array of
-    prompts. `session` is the one that the client's headers name. `scoring`: one prompt, not streamed, of which at most one token is generated.
+    prompts. `session` is the one that the client's headers name. `scoring`: one prompt, not
+    streamed, of which at most one token is generated.
     """
 
     path: str

@@ -20,6 +20,15 @@ MAX_LOGPROBS = 20
 MAX_PROMPTS = 1024
 VOCABULARY = 259
 
+#: A vLLM with loragate-vllm beside it.
+FEATURES = {
+    "plugin": "0.1.0",
+    "vllm": "0.32.0",
+    "prompt_logprobs": True,
+    "prompt_logprobs_with_lora": True,
+    "prompt_logprobs_with_lm_head_lora": True,
+}
+
 
 class Refusal(Exception):
     """An answer other than 200."""
@@ -156,6 +165,22 @@ def last_message(payload: dict[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content)
+
+
+def metrics(*, cpu: bool = False, lora: bool = True) -> str:
+    """What vLLM's /metrics says that a gateway reads to know it by; recorded from 0.32."""
+    labels = {
+        "block_size": "128" if cpu else "16",
+        "enable_prefix_caching": "True",
+        "engine": "0",
+        "kv_cache_memory_bytes": "1073741824" if cpu else "None",
+        "user_specified_block_size": "False",
+    }
+    cache = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    lines = ["# TYPE vllm:cache_config_info gauge", f"vllm:cache_config_info{{{cache}}} 1.0"]
+    if lora:
+        lines += ["# TYPE vllm:lora_requests_info gauge"]
+    return "\n".join([*lines, ""])
 
 
 def tokenize(text: str) -> list[int]:

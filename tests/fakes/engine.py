@@ -38,6 +38,10 @@ class FakeEngine:
         self.weights: dict[str, str] = {}
         self.dead = False
         self.call_s = 0.0
+        #: What /loragate/features says; None is a vLLM without the plugin.
+        self.features: dict[str, Any] | None = dict(dialect.FEATURES)
+        #: What /metrics says; the part of it that a gateway reads.
+        self.metrics = dialect.metrics()
         self._ids = itertools.count(1)
 
     async def answer(self, request: Request) -> Answer:
@@ -49,6 +53,10 @@ class FakeEngine:
         if guarded and request.header("authorization") != wanted:
             return 401, dumps({"error": "Unauthorized"})
         match (request.method, request.path):
+            case ("GET", "/loragate/features") if self.features is not None:
+                return 200, dumps(self.features)
+            case ("GET", "/metrics"):
+                return 200, self.metrics.encode()
             case ("GET", "/v1/models"):
                 return 200, dumps({"object": "list", "data": self._cards()})
             case ("POST", "/v1/load_lora_adapter"):

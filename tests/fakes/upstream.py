@@ -80,7 +80,7 @@ class FakeUpstream:
 
     def requests(self, path: str | None = None) -> list[Request]:
         """What came in so far; without a path, everything but health checks and discovery."""
-        quiet = {"/health", "/v1/models", "/metrics"}
+        quiet = {"/health", "/v1/models", "/metrics", "/loragate/features"}
         return [
             request
             for request in list(self.seen)
