@@ -80,6 +80,7 @@ class Event(StrEnum):
     ADAPTER_UNLOADED = "adapter.unloaded"
     ADAPTER_LOST = "adapter.lost"
     ALIAS_MOVED = "alias.moved"
+    PROBE_CHANGED = "probe.changed"
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
     TASK_FAILED = "task.failed"
