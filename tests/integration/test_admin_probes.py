@@ -111,12 +111,12 @@ def test_a_probe_from_a_file(
 ) -> None:
     folder = workbench.adapter()
     loragate("adapters", "add", folder, "--name", "pirate")
-    assert re.search(r"test|upload.* no ", loragate("adapters", "show", "pirate"))
+    assert re.search(r"upload\S* +no ", loragate("adapters", "show", "pirate"))
     file = tmp_path / "made.json"
     file.write_text(json.dumps(PROBE))
     said = loragate("adapters", "probe", "pirate", "--file", file)
     assert said == "pirate@1 has a probe: 2 rows, 5 token ids, bfloat16.\n"
-    assert re.search(r"upload.* yes ", loragate("adapters", "show", "pirate"))
+    assert re.search(r"upload\S* +yes ", loragate("adapters", "show", "pirate"))
     assert loragate.json("adapters", "probe", "pirate@1", "--file", file) == {
         "model": "pirate@1",
         **PROBE,
@@ -165,15 +165,9 @@ def test_a_probe_is_computed_and_holds(gateway: Gateway, loragate: Shell, tmp_pa
     assert re.fullmatch(r"pirate@1 has a probe: 4 rows, \d+ token ids, float32\.\n", said)
     first = gateway.client.get(URL).json()
     prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps([first["token_ids"][1], first["token_ids"][0]]))
+    prompts.write_text(json.dumps(first["token_ids"][1::-1]))
     again = loragate.json(*words, "--model", demo.MODEL_DIR, "--prompts", prompts)
     assert again["token_ids"] == first["token_ids"][1::-1]
     for one, two in zip(again["logprobs"], first["logprobs"][1::-1], strict=True):
         assert one == pytest.approx(two, abs=1e-5)
-    prompts.write_text("Ahoy there, my friend.\n\nAnd where is the treasure?\n")
-    texts = loragate.json(*words, "--model", demo.MODEL_DIR, "--prompts", prompts)
-    assert len(texts["token_ids"]) == 2
     assert "where the base model's folder is" in loragate.error(*words)
-    prompts.write_text("[[1]]")
-    faulty = (*words, "--model", demo.MODEL_DIR, "--prompts", prompts)
-    assert "fewer than two tokens" in loragate.error(*faulty)
