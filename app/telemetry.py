@@ -95,6 +95,7 @@ class Event(StrEnum):
     ADAPTER_LOST = "adapter.lost"
     ADAPTER_QUARANTINED = "adapter.quarantined"
     ALIAS_MOVED = "alias.moved"
+    PROBE_CHANGED = "probe.changed"
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
     TASK_FAILED = "task.failed"
