@@ -80,6 +80,7 @@ class Replica:
         self.started_at_s = time.time() + self.incarnations / 1000
         self.lying = False
         self.requests: dict[str, int] = {}
+        self.probes = 0
         self.faults: deque[Fault] = deque()
         self._server = await loop.create_server(
             lambda: Connection(self), "127.0.0.1", self.port, backlog=1024, reuse_address=True
@@ -133,6 +134,7 @@ class Replica:
             "running": len(self.engine.running),
             "waiting": len(self.engine.waiting),
             "requests": sum(self.requests.values()),
+            "probes": self.probes,
             "incarnations": self.incarnations,
             "gpu_adapters": list(self.engine.slots.gpu),
             "cpu_adapters": list(self.engine.slots.cpu),

@@ -26,6 +26,7 @@ _ids = itertools.count(1)
 
 
 def health(replica: Replica, request: Request, connection: Connection) -> None:
+    replica.probes += 1
     connection.answer(503 if replica.engine.dead else 200)
 
 
