@@ -18,8 +18,9 @@ from app.clock import SystemClock
 from app.control import embedded
 from app.control.declared import sync_declared
 from app.control.driver import Driver
-from app.control.tasks import sweep
+from app.control.tasks import place, sweep
 from app.control.tasks.flush_usage import FlushUsage
+from app.control.tasks.place import Place
 from app.control.tasks.publish import Publish
 from app.control.tasks.reap import Reap
 from app.control.tasks.sweep import Sweep
@@ -75,6 +76,8 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     flush = FlushUsage(db, meter, clock)
     probe = driver.add("probe", fleet.probe, settings.health_period_s)
     fleet.on_change = probe.wake
+    placing = Place(fleet, snapshots, clock, grace_s=settings.unload_grace_s)
+    driver.add("place", placing.activate, place.PERIOD_S)
     driver.add("flush_usage", flush.activate, settings.flush_usage_period_s)
     driver.add("sweep", Sweep(db, store).activate, sweep.PERIOD_S)
     rooms = Rooms(
@@ -85,7 +88,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         snapshots=snapshots,
         fleet=fleet,
         meter=meter,
-        request_path=RequestPath(Forwarder(fleet), meter),
+        request_path=RequestPath(Forwarder(fleet, clock), meter),
         driver=driver,
         publish=driver.add("publish", publish.activate, settings.publish_period_s),
         reap=driver.add(

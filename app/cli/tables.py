@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+_STICKY = {"user": "sticky by user", "key": "sticky by key", "none": "not sticky"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -126,7 +127,8 @@ def version(found: dict[str, Any]) -> RenderableType:
 
 def pools(found: dict[str, Any]) -> RenderableType:
     return table(
-        "name", "base model", "served as", "max rank", "max loras", "replicas",
+        "name", "base model", "served as", "max rank", "max loras", "in memory", "in flight",
+        "queue", "replicas",
         rows=(
             (
                 each["name"],
@@ -134,6 +136,9 @@ def pools(found: dict[str, Any]) -> RenderableType:
                 each["served_name"],
                 each["max_lora_rank"],
                 each["max_loras"],
+                each["max_cpu_loras"] or each["max_loras"],
+                each["max_inflight"],
+                each["max_queue"],
                 len(each["replicas"]),
             )
             for each in found["data"]
@@ -233,7 +238,11 @@ def models(found: dict[str, Any]) -> RenderableType:
 
 
 def _aliases(adapter: dict[str, Any]) -> str:
-    return ", ".join(f"{name} → {targets(split)}" for name, split in adapter["aliases"].items())
+    return ", ".join(
+        f"{name} → {targets(split)}" + (f" ({_STICKY[kind]})" if len(split) > 1 else "")
+        for name, split in adapter["aliases"].items()
+        for kind in [adapter["sticky"][name]]
+    )
 
 
 def _pairs(values: dict[str, Any] | None) -> str:

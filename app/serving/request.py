@@ -47,6 +47,7 @@ class InferenceRequest:
     model: str
     reports_usage: bool = True
     headers: bytes = b""
+    prefix: bytes = b""
 
     def upstream_body(self, name: str) -> bytes:
         """The body with `name` as its model, made to report usage."""

@@ -7,6 +7,7 @@ A token is a word with the blanks behind it; its id, for /tokenize, is made from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def tokenize(text: str) -> list[int]:
 
 
 def detokenize(tokens: list[int]) -> str:
-    return bytes(token - 3 for token in tokens).decode()
+    return bytes((token - 3) % 256 for token in tokens).decode(errors="replace")
 
 
 def usage(prompts: list[str], choices: list[Choice]) -> dict[str, int]:
@@ -194,6 +195,8 @@ def completion_body(model: str, payload: dict[str, Any], rid: str) -> bytes:
     prompts = prompts_of(payload)
     choices = generate(model, payload, prompts)
     ids = payload.get("return_token_ids")
+    scored = prompt_logprobs(payload, prompts)
+    n = payload.get("n") or 1
     return dumps(
         {
             "id": f"cmpl-{rid}",
@@ -208,7 +211,7 @@ def completion_body(model: str, payload: dict[str, Any], rid: str) -> bytes:
                     "finish_reason": choice.finish_reason,
                     "stop_reason": None,
                     "token_ids": tokenize(choice.text) if ids else None,
-                    "prompt_logprobs": None,
+                    "prompt_logprobs": scored[choice.index // n],
                     "prompt_token_ids": tokenize(prompts[0]) if ids else None,
                 }
                 for choice in choices
@@ -253,6 +256,33 @@ def completion_logprobs(payload: dict[str, Any], spoken: list[str]) -> dict[str,
         "tokens": spoken,
         "top_logprobs": [{word: _logprob(word)} for word in spoken],
     }
+
+
+def prompt_logprobs(payload: dict[str, Any], prompts: list[str]) -> list[Any]:
+    """For each prompt: None for its first token, then what the weights say of each next one."""
+    if payload.get("prompt_logprobs") is None:
+        return [None] * len(prompts)
+    given = payload["prompt"]
+    many = isinstance(given, list) and not isinstance(given[0], int)
+    return [
+        [
+            None,
+            *(
+                {str(row[at]): {"logprob": _scored(payload, row[: at + 1]), "rank": 1}}
+                for at in range(1, len(row))
+            ),
+        ]
+        for row in (
+            tokenize(prompt) if isinstance(prompt, str) else prompt
+            for prompt in (given if many else [given])
+        )
+    ]
+
+
+def _scored(payload: dict[str, Any], ids: list[int]) -> float:
+    """Other weights say something else of the same tokens."""
+    seen = hashlib.sha256(f"{payload.get('weights')} {ids}".encode()).digest()
+    return -int.from_bytes(seen[:2]) / 8192
 
 
 def _logprob(word: str) -> float:

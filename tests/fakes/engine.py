@@ -7,6 +7,7 @@ nothing of sockets; the words are in `dialect`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class FakeEngine:
         self.max_lora_rank = max_lora_rank
         self.api_key = api_key
         self.adapters: dict[str, str] = {}
+        self.weights: dict[str, str] = {}
         self.dead = False
         self._ids = itertools.count(1)
 
@@ -74,7 +76,7 @@ class FakeEngine:
             raise dialect.unknown_model(model, self.served)
         rid = request.header("x-request-id") or f"{next(self._ids):016x}"
         try:
-            return say(model, payload, rid)
+            return say(model, payload | {"weights": self.weights.get(model)}, rid)
         except KeyError as exc:
             field = f"body.{exc.args[0]}"
             message = f"1 validation error:\n  Field required: {field}"
@@ -97,6 +99,7 @@ class FakeEngine:
         await asyncio.sleep(LOAD_S)
         self._check(name, Path(path, "adapter_config.json"))
         self.adapters[name] = path
+        self.weights[name] = _digest(Path(path, "adapter_model.safetensors"))
         return 200, f"Success: LoRA adapter '{name}' added successfully.".encode()
 
     def _check(self, name: str, config: Path) -> None:
@@ -128,6 +131,11 @@ class FakeEngine:
             card = {"id": name, "root": path, "parent": self.served, "max_model_len": None}
             cards.append(card | fields | {"owned_by": "vllm", "permission": []})
         return cards
+
+
+def _digest(weights: Path) -> str:
+    """What logprobs are made from: the weights themselves, not the name they were loaded under."""
+    return hashlib.sha256(weights.read_bytes() if weights.is_file() else b"").hexdigest()
 
 
 def _chat(model: str, payload: dict[str, Any], rid: str) -> Answer:

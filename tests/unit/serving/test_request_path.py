@@ -28,7 +28,7 @@ class Line:
     def __init__(self, made: FleetOfMemory) -> None:
         self.made = made
         self.meter = Meter()
-        self.path = RequestPath(Forwarder(made.fleet), self.meter)
+        self.path = RequestPath(Forwarder(made.fleet, made.clock), self.meter)
 
     async def serve(self, body: bytes = b'{"model":"pirate"}', at: Snapshot = WORLD) -> Reply:
         return await self.path.serve(parse("/v1/completions", body), ANYONE, at)
