@@ -1,4 +1,4 @@
-"""Model servers to test against: the fake, the worker, a real vLLM; one shape for all.
+"""Model servers to test against, one shape for all: fake, simulated, the worker, a real vLLM.
 
 What comes in: pytest's request for a server. What goes out: a `ModelServer` that runs. The
 worker and vLLM are subprocesses and start once per session; tests leave no adapter loaded there.
@@ -17,7 +17,9 @@ from typing import NoReturn
 import pytest
 
 from app import demo
+from bench.sim import Config, Simulation
 from tests.fakes.adapters import write_adapter
+from tests.fakes.loops import LoopThread
 from tests.fakes.upstream import FakeUpstream
 from tests.processes import LORAGATE, Process, free_port
 
@@ -55,6 +57,23 @@ def fake_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServe
     )
     upstream.close()
     assert not upstream.problems
+
+
+@pytest.fixture(scope="session")
+def sim_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
+    """One simulated replica, on a loop of its own."""
+    folder = tmp_path_factory.mktemp("sim")
+    thread = LoopThread("simulation")
+    config = Config(replicas=1, served="tiny", speed=100, files=True, max_lora_rank=MAX_LORA_RANK)
+    simulation = thread.run(Simulation(config).__aenter__())
+    yield ModelServer(
+        simulation.replicas[0].url,
+        "tiny",
+        write_adapter(folder / "good"),
+        write_adapter(folder / "oversized", rank=2 * MAX_LORA_RANK),
+    )
+    thread.run(simulation.__aexit__(None, None, None))
+    thread.close()
 
 
 @pytest.fixture(scope="session")
