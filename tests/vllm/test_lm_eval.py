@@ -1,0 +1,189 @@
+"""lm-evaluation-harness through the gateway, and its own transformers and PEFT: one result."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from app import demo
+from app.settings import PoolSettings, Settings
+from tests.integration.gateway import Gateway
+from tests.servers import MAX_LORA_RANK, ROOT, ModelServer
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.worker
+
+TASK = "true_false"
+ITEMS = 128
+CHOICES = 2
+BATCH = 64
+TOLERANCE = 1e-3
+#: One that answers claims its own way and one that was trained for something else.
+ADAPTERS = ("skeptic", "haiku")
+MODELS = (demo.BASE_NAME, *ADAPTERS)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the harness found: accuracy, and for each item its choices' (logprob, is greedy)."""
+
+    accuracy: float
+    items: list[list[tuple[float, bool]]]
+
+
+def evaluate(folder: Path, model: str, arguments: Mapping[str, object]) -> Verdict:
+    """Run the harness as a researcher does, from the repository's root and without a network."""
+    told = ",".join(f"{name}={value}" for name, value in arguments.items())
+    command = [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", model]
+    command += ["--model_args", told, "--include_path", "examples", "--tasks", TASK]
+    command += ["--batch_size", str(BATCH), "--log_samples", "--output_path", str(folder)]
+    if model == "hf":
+        command += ["--device", "cpu"]
+    env = {"HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (results,) = folder.rglob("results_*.json")
+    (samples,) = folder.rglob(f"samples_{TASK}_*.jsonl")
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    return Verdict(
+        json.loads(results.read_text())["results"][TASK]["acc,none"],
+        [[(float(a), b == "True") for a, b in row["filtered_resps"]] for row in rows],
+    )
+
+
+def through(gateway: Gateway, model: str, folder: Path) -> Verdict:
+    """The harness's `local-completions` model, pointed at the gateway."""
+    return evaluate(
+        folder,
+        "local-completions",
+        {
+            "model": model,
+            "base_url": f"{gateway.url}/v1/completions",
+            "tokenizer": demo.MODEL_DIR,
+            "tokenizer_backend": "huggingface",
+            "tokenized_requests": True,
+            "num_concurrent": 8,
+            "max_length": 1024,
+            "max_retries": 1,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    """What the harness finds when it runs the models itself."""
+
+    def run(model: str) -> Verdict:
+        arguments: dict[str, object] = {"pretrained": demo.MODEL_DIR, "dtype": "float32"}
+        if model in demo.ADAPTERS:
+            arguments["peft"] = demo.ADAPTERS[model]
+        return evaluate(tmp_path_factory.mktemp("transformers"), "hf", arguments)
+
+    with ThreadPoolExecutor(2) as threads:
+        return dict(zip(MODELS, threads.map(run, MODELS), strict=True))
+
+
+@pytest.fixture(scope="module")
+def through_worker(
+    worker_server: ModelServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    yield from _gateway(worker_server, tmp_path_factory.mktemp("gateway"))
+
+
+@pytest.fixture(scope="module")
+def through_vllm(
+    vllm_server: ModelServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    yield from _gateway(vllm_server, tmp_path_factory.mktemp("gateway"))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("model", MODELS)
+def test_vllm_and_transformers_agree(
+    through_vllm: Gateway, expected: Mapping[str, Verdict], model: str, tmp_path: Path
+) -> None:
+    before = asked(through_vllm)
+    assert_same(through(through_vllm, model, tmp_path), expected[model])
+    assert asked(through_vllm) - before == ITEMS * CHOICES / BATCH
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("model", ADAPTERS[:1])
+def test_the_worker_and_transformers_agree(
+    through_worker: Gateway, expected: Mapping[str, Verdict], model: str, tmp_path: Path
+) -> None:
+    assert_same(through(through_worker, model, tmp_path), expected[model])
+
+
+def test_the_models_differ(expected: Mapping[str, Verdict]) -> None:
+    """Or the agreement above would not tell an adapter from the base."""
+    base = expected[demo.BASE_NAME]
+    for model in ADAPTERS:
+        pairs = zip(base.items, expected[model].items, strict=True)
+        apart = [max(abs(a - b) for (a, _), (b, _) in zip(*pair, strict=True)) for pair in pairs]
+        assert sum(distance > 100 * TOLERANCE for distance in apart) > ITEMS / 2, model
+
+
+def assert_same(found: Verdict, wanted: Verdict) -> None:
+    assert len(found.items) == len(wanted.items) == ITEMS
+    assert found.accuracy == wanted.accuracy
+    for number, (ours, theirs) in enumerate(zip(found.items, wanted.items, strict=True)):
+        for (mine, greedy), (its, also_greedy) in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(its, rel=0, abs=TOLERANCE), f"item {number}"
+            assert greedy == also_greedy, f"item {number}"
+
+
+def asked(gateway: Gateway) -> float:
+    """How many requests the gateway has answered with 200."""
+    families = text_string_to_metric_families(gateway.client.get("/metrics").text)
+    return sum(
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "loragate_requests_total" and sample.labels["status"] == "200"
+    )
+
+
+def _gateway(server: ModelServer, folder: Path) -> Iterator[Gateway]:
+    pool = PoolSettings.model_validate(
+        {
+            "name": "pool",
+            "base_model": demo.BASE_NAME,
+            "base_model_path": demo.MODEL_DIR,
+            "max_lora_rank": MAX_LORA_RANK,
+            "replicas": (server.url,),
+        }
+    )
+    settings = Settings(
+        data_dir=folder,
+        import_dirs=(demo.MODEL_DIR.parent,),
+        pools=(pool,),
+        embedded="off",
+        health_period_s=0.2,
+    )
+    gateway = Gateway(settings)
+    try:
+        wait_until(gateway.ready)
+        for name in ADAPTERS:
+            gateway.register(name, demo.ADAPTERS[name])
+        yield gateway
+    finally:
+        gateway.close()
