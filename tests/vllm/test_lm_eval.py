@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from app import demo
-from app.settings import PoolSettings, Settings
+from tests.demo_gateway import asked, gateway_before
 from tests.integration.gateway import Gateway
-from tests.servers import MAX_LORA_RANK, ROOT, ModelServer
-from tests.waiting import wait_until
+from tests.servers import ROOT, ModelServer
 
 pytestmark = pytest.mark.worker
 
@@ -105,14 +103,16 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
 def through_worker(
     worker_server: ModelServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
-    yield from _gateway(worker_server, tmp_path_factory.mktemp("gateway"))
+    with gateway_before(worker_server, tmp_path_factory.mktemp("gateway"), ADAPTERS) as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")
 def through_vllm(
     vllm_server: ModelServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
-    yield from _gateway(vllm_server, tmp_path_factory.mktemp("gateway"))
+    with gateway_before(vllm_server, tmp_path_factory.mktemp("gateway"), ADAPTERS) as gateway:
+        yield gateway
 
 
 @pytest.mark.vllm
@@ -149,41 +149,3 @@ def assert_same(found: Verdict, wanted: Verdict) -> None:
         for (mine, greedy), (its, also_greedy) in zip(ours, theirs, strict=True):
             assert mine == pytest.approx(its, rel=0, abs=TOLERANCE), f"item {number}"
             assert greedy == also_greedy, f"item {number}"
-
-
-def asked(gateway: Gateway) -> float:
-    """How many requests the gateway has answered with 200."""
-    families = text_string_to_metric_families(gateway.client.get("/metrics").text)
-    return sum(
-        sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == "loragate_requests_total" and sample.labels["status"] == "200"
-    )
-
-
-def _gateway(server: ModelServer, folder: Path) -> Iterator[Gateway]:
-    pool = PoolSettings.model_validate(
-        {
-            "name": "pool",
-            "base_model": demo.BASE_NAME,
-            "base_model_path": demo.MODEL_DIR,
-            "max_lora_rank": MAX_LORA_RANK,
-            "replicas": (server.url,),
-        }
-    )
-    settings = Settings(
-        data_dir=folder,
-        import_dirs=(demo.MODEL_DIR.parent,),
-        pools=(pool,),
-        embedded="off",
-        health_period_s=0.2,
-    )
-    gateway = Gateway(settings)
-    try:
-        wait_until(gateway.ready)
-        for name in ADAPTERS:
-            gateway.register(name, demo.ADAPTERS[name])
-        yield gateway
-    finally:
-        gateway.close()
