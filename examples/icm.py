@@ -4,7 +4,7 @@ Internal coherence maximization, after Wen et al., "Unsupervised Elicitation of 
 (2025, arXiv:2506.10139), on true/false claims, through a loragate gateway:
 
     make serve                          # in one terminal
-    python examples/icm.py              # in another, in an environment with loragate[examples]
+    python examples/icm.py              # in another, after pip install '.[examples]'
 
 A labelling is as good as its labels are predictable: U = alpha * the mean, over its claims, of
 log P(label | claim, all other claims with their labels). Contradictions are never let in: of the

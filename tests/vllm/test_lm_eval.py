@@ -15,10 +15,11 @@ import pytest
 
 from app import demo
 from tests.demo_gateway import asked, gateway_before
+from tests.docs.pages import page
 from tests.integration.gateway import Gateway
 from tests.servers import ROOT, ModelServer
 
-pytestmark = pytest.mark.worker
+pytestmark = [pytest.mark.worker, pytest.mark.timeout(300)]
 
 TASK = "true_false"
 ITEMS = 128
@@ -38,17 +39,11 @@ class Verdict:
     items: list[list[tuple[float, bool]]]
 
 
-def evaluate(folder: Path, model: str, arguments: Mapping[str, object]) -> Verdict:
+def evaluate(folder: Path, *arguments: str) -> Verdict:
     """Run the harness as a researcher does, from the repository's root and without a network."""
-    told = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = [str(Path(sys.executable).with_name("lm_eval")), "run", "--model", model]
-    command += ["--model_args", told, "--include_path", "examples", "--tasks", TASK]
-    command += ["--batch_size", str(BATCH), "--log_samples", "--output_path", str(folder)]
-    if model == "hf":
-        command += ["--device", "cpu"]
     env = {"HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command,
+        [str(Path(sys.executable).with_name("lm_eval")), *arguments],
         cwd=ROOT,
         env={**os.environ, **env},
         stdin=subprocess.DEVNULL,
@@ -67,36 +62,44 @@ def evaluate(folder: Path, model: str, arguments: Mapping[str, object]) -> Verdi
     )
 
 
+def documented() -> list[str]:
+    """The arguments that the page for researchers gives."""
+    commands = page("docs/researchers.md").commands()
+    return next(words[1:] for words in commands if words[0] == "lm_eval")
+
+
 def through(gateway: Gateway, model: str, folder: Path) -> Verdict:
-    """The harness's `local-completions` model, pointed at the gateway."""
-    return evaluate(
-        folder,
-        "local-completions",
-        {
-            "model": model,
-            "base_url": f"{gateway.url}/v1/completions",
-            "tokenizer": demo.MODEL_DIR,
-            "tokenizer_backend": "huggingface",
-            "tokenized_requests": True,
-            "num_concurrent": 8,
-            "max_length": 1024,
-            "max_retries": 1,
-        },
-    )
+    """The page's command, at this gateway and for this model."""
+    replace = {
+        "http://127.0.0.1:8080": gateway.url,
+        "model=skeptic@1": f"model={model}",
+        "results": str(folder),
+    }
+    words = documented()
+    for old, new in replace.items():
+        assert sum(old in word for word in words) == 1
+        words = [word.replace(old, new) for word in words]
+    return evaluate(folder, *words)
+
+
+def by_itself(model: str, folder: Path) -> Verdict:
+    """The same task and batches, by the harness's own transformers and PEFT."""
+    told = f"pretrained={demo.MODEL_DIR},dtype=float32"
+    if model in demo.ADAPTERS:
+        told += f",peft={demo.ADAPTERS[model]}"
+    options = {"model": "hf", "model_args": told, "device": "cpu", "batch_size": str(BATCH)}
+    options |= {"include_path": "examples", "tasks": TASK, "output_path": str(folder)}
+    words = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return evaluate(folder, "run", *words, "--log_samples")
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
     """What the harness finds when it runs the models itself."""
 
-    def run(model: str) -> Verdict:
-        arguments: dict[str, object] = {"pretrained": demo.MODEL_DIR, "dtype": "float32"}
-        if model in demo.ADAPTERS:
-            arguments["peft"] = demo.ADAPTERS[model]
-        return evaluate(tmp_path_factory.mktemp("transformers"), "hf", arguments)
-
+    folders = [tmp_path_factory.mktemp(model) for model in MODELS]
     with ThreadPoolExecutor(2) as threads:
-        return dict(zip(MODELS, threads.map(run, MODELS), strict=True))
+        return dict(zip(MODELS, threads.map(by_itself, MODELS, folders), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,6 @@ def test_vllm_and_transformers_agree(
     assert asked(through_vllm) - before == ITEMS * CHOICES / BATCH
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("model", ADAPTERS[:1])
 def test_the_worker_and_transformers_agree(
     through_worker: Gateway, expected: Mapping[str, Verdict], model: str, tmp_path: Path
