@@ -28,9 +28,10 @@ check: $(VENV)/.test  ## format, lint, types, imports, migrations
 format: $(VENV)/.test  ## format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(VENV)/.bench  ## measure the gateway beside its peers; writes bench/results
+bench: $(VENV)/.bench .venv-vllm/.done  ## measure the gateway, beside its peers and on a vLLM; writes bench/results
 	@$(BIN)/python -m bench.overhead $(ARGS)
 	@$(BIN)/python -m bench.registry_scale
+	@$(BIN)/python -m bench.batching
 
 migration: $(VENV)/.test  ## write a migration from the tables: make migration m="add a column"
 	@$(BIN)/alembic revision --autogenerate -m "$(m)"
