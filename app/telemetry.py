@@ -41,6 +41,14 @@ REPLICA_UP = Metric("loragate_replica_up", "gauge", "1 if healthy.", ("pool", "r
 ADAPTER_LOADS = Metric(
     "loragate_adapter_loads", "counter", "Adapter loads asked of replicas.", ("pool", "result")
 )
+BATCHES_SPLIT = Metric(
+    "loragate_batches_split", "counter", "Batches of prompts sent in several calls."
+)
+BATCH_PARTS = Metric("loragate_batch_parts", "counter", "Calls that split batches were sent in.")
+COALESCED = Metric(
+    "loragate_coalesced_requests", "counter", "Scoring requests answered by a call they shared."
+)
+CALLS_SAVED = Metric("loragate_calls_saved", "counter", "Calls that coalescing made unnecessary.")
 SNAPSHOT_NUMBER = Metric("loragate_snapshot_number", "gauge", "Registry revision being served.")
 SNAPSHOT_VERSIONS = Metric("loragate_snapshot_versions", "gauge", "Adapter versions being served.")
 TASK_SECONDS = Metric(
@@ -56,6 +64,10 @@ METRICS = (
     REPLICA_INFLIGHT,
     REPLICA_UP,
     ADAPTER_LOADS,
+    BATCHES_SPLIT,
+    BATCH_PARTS,
+    COALESCED,
+    CALLS_SAVED,
     SNAPSHOT_NUMBER,
     SNAPSHOT_VERSIONS,
     TASK_SECONDS,

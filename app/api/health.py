@@ -153,6 +153,10 @@ def count(rooms: Rooms) -> dict[telemetry.Metric, Samples]:
             ((r.pool, r.id), (int(r.state is ReplicaState.HEALTHY),)) for r in live
         ],
         telemetry.ADAPTER_LOADS: [(key, (n,)) for key, n in rooms.fleet.loads.items()],
+        telemetry.BATCHES_SPLIT: [((), (meter.batches,))],
+        telemetry.BATCH_PARTS: [((), (meter.parts,))],
+        telemetry.COALESCED: [((), (meter.coalesced,))],
+        telemetry.CALLS_SAVED: [((), (meter.calls_saved,))],
         telemetry.SNAPSHOT_NUMBER: [((), (snapshot.number,))],
         telemetry.SNAPSHOT_VERSIONS: [((), (versions,))],
         telemetry.TASK_SECONDS: [((t.name,), (t.last_duration_s or 0.0,)) for t in tasks],
