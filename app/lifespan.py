@@ -30,6 +30,7 @@ from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url
 from app.domain import AdapterVersion, Probe, Replica
 from app.serving.batches import Batches
+from app.serving.coalesce import Coalescer
 from app.serving.fleet import Fleet
 from app.serving.forward import Forwarder
 from app.serving.meter import Meter
@@ -82,6 +83,9 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
 
     forwarder = Forwarder(fleet, clock)
     batches = Batches(forwarder, fleet, meter)
+    coalescer = None
+    if settings.coalesce:
+        coalescer = await stack.enter_async_context(Coalescer(forwarder, batches, meter))
 
     driver = Driver(clock)
     publish = Publish(db, snapshots, fleet, settings)
@@ -100,7 +104,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         snapshots=snapshots,
         fleet=fleet,
         meter=meter,
-        request_path=RequestPath(forwarder, batches, meter),
+        request_path=RequestPath(forwarder, batches, coalescer, meter),
         driver=driver,
         publish=driver.add("publish", publish.activate, settings.publish_period_s),
         reap=driver.add(

@@ -96,9 +96,7 @@ def cold(ground: Ground, plan: Plan, ask: Ask) -> Figures:
     return _run(ground, plan, ask, calls, plan.common_rate, attempts=1)
 
 
-def limit(
-    ground: Ground, plan: Plan, ask: Ask, tell: Callable[[Figures], None]
-) -> list[Figures]:
+def limit(ground: Ground, plan: Plan, ask: Ask, tell: Callable[[Figures], None]) -> list[Figures]:
     """Bisect the ladder with warm replicas; every run that was needed, by rate."""
     low, high = -1, plan.steps
     runs: dict[int, Figures] = {}

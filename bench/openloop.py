@@ -82,7 +82,11 @@ class _Flight(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         outcome = self._outcome
-        if outcome is not None and outcome.first_s is None and self._parser.get_status_code() == 200:
+        if (
+            outcome is not None
+            and outcome.first_s is None
+            and self._parser.get_status_code() == 200
+        ):
             outcome.first_s = self._started() - self._due_at
         self._body.append(body)
 

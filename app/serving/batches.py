@@ -143,7 +143,7 @@ class _Batch:
         for attempt in range(MAX_ATTEMPTS):
             try:
                 reply = await send(attempt)
-                return reply.replica, await _whole(reply)
+                return reply.replica, await whole(reply)
             except UpstreamError as exc:
                 lost = exc
         raise lost
@@ -168,7 +168,7 @@ class _Batch:
         """Ask about some prompts; as a stream, which is cut as soon as it begins."""
         members = {k: v for k, v in self.members.items() if k not in _NOT_ASKED}
         members["stream"] = msgspec.Raw(b"true")
-        if members.get("max_tokens") == b"0":
+        if members.get("max_tokens") == msgspec.Raw(b"0"):
             members["max_tokens"] = msgspec.Raw(b"1")
         prompt = b"[%b]" % b",".join([self.prompts[place] for place in places])
         reply = await self.batches.forwarder.forward(
@@ -183,10 +183,10 @@ class _Batch:
 
 
 async def _read(reply: Reply) -> Refusal:
-    return Refusal(reply.status, reply.headers, await _whole(reply))
+    return Refusal(reply.status, reply.headers, await whole(reply))
 
 
-async def _whole(reply: Reply) -> bytes:
+async def whole(reply: Reply) -> bytes:
     """A reply's body, and the reply closed."""
     try:
         data = await reply.read(_ANSWER_BYTES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from app.backends.base import Reply
 from app.domain import Principal
 from app.serving.batches import Batches
+from app.serving.coalesce import Coalescer
 from app.serving.forward import Forwarder
 from app.serving.meter import Meter
 from app.serving.request import InferenceRequest
@@ -14,11 +15,17 @@ from app.serving.usage import UsageTap
 
 
 class RequestPath:
-    """resolve -> forward, split or merged -> account."""
+    """resolve -> forward, split or merged -> account.
 
-    def __init__(self, forwarder: Forwarder, batches: Batches, meter: Meter) -> None:
+    Without a `coalescer`, requests for one prompt are never merged.
+    """
+
+    def __init__(
+        self, forwarder: Forwarder, batches: Batches, coalescer: Coalescer | None, meter: Meter
+    ) -> None:
         self.forwarder = forwarder
         self.batches = batches
+        self.coalescer = coalescer
         self.meter = meter
 
     async def serve(
@@ -34,6 +41,8 @@ class RequestPath:
         tap = UsageTap(hide=not request.reports_usage)
         if request.batch:
             reply = await self.batches.forward(request, route)
+        elif request.scoring and self.coalescer is not None:
+            reply = await self.coalescer.forward(request, route)
         else:
             reply = await self.forwarder.forward(request, route)
 

@@ -31,7 +31,7 @@ class Line:
         self.meter = Meter()
         forwarder = Forwarder(made.fleet, made.clock)
         batches = Batches(forwarder, made.fleet, self.meter)
-        self.path = RequestPath(forwarder, batches, self.meter)
+        self.path = RequestPath(forwarder, batches, None, self.meter)
 
     async def serve(self, body: bytes = b'{"model":"pirate"}', at: Snapshot = WORLD) -> Reply:
         return await self.path.serve(parse("/v1/completions", body), ANYONE, at)
