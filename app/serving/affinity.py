@@ -23,7 +23,7 @@ def blocks(name: str, content: bytes | msgspec.Raw | None) -> list[int]:
     """Chained hashes of the whole blocks of a prompt's beginning: the last stands for all of it."""
     if content is None:
         return []
-    prefix = memoryview(content)[:PREFIX_BYTES]
+    prefix = bytes(memoryview(content)[:PREFIX_BYTES])
     chain: list[int] = []
     seed = hash(name)
     for start in range(0, len(prefix) - BLOCK + 1, BLOCK):

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from app.clock import Clock
 from app.domain import AdapterVersion, Pool, Probe
 from app.errors import AdapterLoadFailed, LoragateError, ProbeFailed, UpstreamBroke
+from app.serving.prompt_logprobs import refusal
 from app.serving.replica import LiveReplica
 from app.serving.verify import compare
 from app.telemetry import Event, log
@@ -124,7 +125,7 @@ class Loads:
         try:
             async with replica.load_turn:
                 if not replica.holds(name, version.digest):
-                    await self._load(replica, name, path)
+                    await self._load(replica, version, path)
                 if version.probed:
                     await self._verify(replica, version)
         except LoragateError as exc:
@@ -144,7 +145,8 @@ class Loads:
             replica.loads.pop(name, None)
             replica.in_pool.forget_candidates(name)
 
-    async def _load(self, replica: LiveReplica, name: str, path: str) -> None:
+    async def _load(self, replica: LiveReplica, version: AdapterVersion, path: str) -> None:
+        name = version.upstream_name
         started = self._clock.monotonic()
         try:
             await replica.backend.load_adapter(name, path)
@@ -153,6 +155,8 @@ class Loads:
             raise
         self._count(replica, "loaded")
         replica.residency.loaded(name, path)
+        if version.targets_lm_head:
+            replica.lm_head.add(name)
         duration_s = round(self._clock.monotonic() - started, 4)
         log(
             logger,
@@ -166,7 +170,17 @@ class Loads:
     async def _verify(self, replica: LiveReplica, version: AdapterVersion) -> None:
         name = version.upstream_name
         probe = await self._find_probe(version)
-        if probe is not None:
+        why = refusal(version, replica.features)
+        if probe is not None and why is not None:
+            log(
+                logger,
+                logging.WARNING,
+                Event.ADAPTER_UNVERIFIED,
+                replica=replica.id,
+                adapter=name,
+                reason=why,
+            )
+        elif probe is not None:
             served = await replica.backend.score(name, probe.token_ids)
             verdict = compare(probe, served, replica.features.dtype or "unknown")
             if not verdict.ok:

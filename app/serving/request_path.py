@@ -45,6 +45,8 @@ class RequestPath:
             reply = await self.coalescer.forward(request, route)
         else:
             reply = await self.forwarder.forward(request, route)
+        if route.version is not None:
+            reply.version = route.upstream_name
 
         def account() -> None:
             if reply.status < 300:

@@ -37,7 +37,7 @@ class Line:
     def __init__(self, made: FleetOfMemory, coalescer: Coalescer | None, meter: Meter) -> None:
         self.meter = meter
         self.made = made
-        forwarder = Forwarder(made.fleet)
+        forwarder = Forwarder(made.fleet, made.clock)
         self.path = RequestPath(forwarder, Batches(forwarder, made.fleet, meter), coalescer, meter)
         self.answers: list[Answer | LoragateError] = []
         for backend in made.connected:
@@ -84,7 +84,7 @@ def speak(body: bytes, headers: bytes) -> Reply:
 @pytest.fixture
 async def line(made: FleetOfMemory) -> AsyncIterator[Line]:
     await made.sync(WORLD)
-    meter, forwarder = Meter(), Forwarder(made.fleet)
+    meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
     async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
         yield Line(made, coalescer, meter)
     assert not coalescer._kinds
@@ -135,7 +135,7 @@ async def _coalesced_is_as_alone(payloads: list[Any]) -> None:
     made = FleetOfMemory()
     async with made.fleet:
         await made.sync(WORLD)
-        meter, forwarder = Meter(), Forwarder(made.fleet)
+        meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
         async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
             line = Line(made, coalescer, meter)
             tasks = await gathered(line, payloads[0], *payloads)
@@ -324,7 +324,7 @@ async def test_each_key_pays_for_its_own(line: Line) -> None:
 
 async def test_a_merged_call_is_split_over_replicas(made: FleetOfMemory) -> None:
     await made.sync(snapshot(replicas=2))
-    meter, forwarder = Meter(), Forwarder(made.fleet)
+    meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
     async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
         line = Line(made, coalescer, meter)
         tasks = await gathered(line, {"prompt": "a"}, *({"prompt": f"p{n}"} for n in range(64)))
