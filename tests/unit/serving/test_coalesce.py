@@ -158,6 +158,14 @@ async def test_the_first_goes_at_once_and_the_rest_together(line: Line) -> None:
     assert (line.meter.coalesced, line.meter.calls_saved) == (50, 49)
 
 
+async def test_a_prompt_alone_in_an_array_is_one(line: Line) -> None:
+    tasks = await gathered(line, {"prompt": ["a"]}, {"prompt": ["b"]}, {"prompt": "c"})
+    release(line)
+    answers = [(await task)[1] for task in tasks]
+    assert line.sent() == [["a"], ["b", "c"]]
+    assert [answer["choices"][0]["index"] for answer in answers] == [0, 0, 0]
+
+
 async def test_who_waits_does_not_wait_for_long(line: Line) -> None:
     tasks = await gathered(line, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
     await until(lambda: len(line.sent()) == 2, within_s=1)
