@@ -80,7 +80,8 @@ def read(request: InferenceRequest, route: Route) -> Scoring | None:
     members = request.members()
     if not _OWN.isdisjoint(members):
         return None
-    prompt = bytes(members.pop("prompt", _NULL))
+    members.pop("prompt", None)
+    prompt = request.only_prompt()
     of_tokens = prompt.startswith(b"[")
     if prompt in (b"[]", b'""') or not (of_tokens or prompt.startswith(b'"')):
         return None
