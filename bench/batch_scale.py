@@ -56,9 +56,7 @@ def measure(
             ground.quiet()
             before = _sequences(ground)
             took[count] = _ask(ground, prompts, seed=1) * SPEED
-            each = [
-                now - then for now, then in zip(_sequences(ground), before, strict=True)
-            ]
+            each = [now - then for now, then in zip(_sequences(ground), before, strict=True)]
     return Scaling(prompts, PROMPT_TOKENS, replicas, took[1], took[replicas], each)
 
 
