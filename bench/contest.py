@@ -22,6 +22,9 @@ import uvloop
 from bench.measure import Misbehaved
 from bench.openloop import Outcome, Shot, Volley, fire
 from bench.processes import Unusable
+from bench.sim import figures
+from bench.sim.prefix import PrefixCache, block_keys
+from bench.sim.requests import conversation_of, parse
 from bench.simulated import Ground
 from bench.traffic import Call, Workload, body, trace
 
@@ -47,8 +50,8 @@ class Plan:
     common_rate: float = 16.0
     common_requests: int = 4000
     ladder_s: float = 30.0
-    first_rate: float = 16.0
-    step: float = 1.1
+    first_rate: float = 10.0
+    step: float = 1.12
     steps: int = 24
     late_ms: float = 10.0
     workload: Workload = field(default_factory=Workload)
@@ -85,7 +88,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """How a contender is asked: by which names, with which header lines beside the usual."""
+    """How a contender is asked: by which names, with which header lines beside those of all."""
 
     model: Callable[[int], str]
     answered_by: Callable[[int], str]
@@ -106,9 +109,9 @@ def limit(ground: Ground, plan: Plan, ask: Ask, tell: Callable[[Figures], None])
         middle = (low + high) // 2
         rate = plan.rate(middle)
         calls = trace(plan.workload, rate, int(rate * plan.ladder_s))
-        runs[middle] = figures = _run(ground, plan, ask, calls, rate, attempts=ATTEMPTS)
-        tell(figures)
-        low, high = (middle, high) if figures.kept else (low, middle)
+        runs[middle] = run = _run(ground, plan, ask, calls, rate, attempts=ATTEMPTS)
+        tell(run)
+        low, high = (middle, high) if run.kept else (low, middle)
     return [runs[number] for number in sorted(runs)]
 
 
@@ -122,23 +125,23 @@ def _run(
     """One volley; again if the sender lagged, and then no figures at all."""
     for attempt in range(attempts):
         ground.quiet()
-        figures = _volley(ground, plan, ask, calls, rate)
-        lagged = lag_of(figures, plan.late_ms)
+        run = _volley(ground, plan, ask, calls, rate)
+        lagged = lag_of(run, plan.late_ms)
         if lagged is None:
-            return figures
+            return run
         print(f"        {lagged}", flush=True)
         if attempt + 1 < attempts:
             continue
     raise Unusable(f"{lagged}; let nothing else run on this machine, or lower the speed")
 
 
-def lag_of(figures: Figures, late_ms: float) -> str | None:
+def lag_of(run: Figures, late_ms: float) -> str | None:
     """Why a run says nothing of the gateway, if it does not."""
-    if figures.late_p99_ms > late_ms:
-        return f"1 % of the requests left {figures.late_p99_ms:.1f} ms late or more"
-    if figures.sender_share > SENDER_SHARE:
-        return f"the sender needed {figures.sender_share:.0%} of its core"
-    both = figures.sender_share + figures.simulator_share
+    if run.late_p99_ms > late_ms:
+        return f"1 % of the requests left {run.late_p99_ms:.1f} ms late or more"
+    if run.sender_share > SENDER_SHARE:
+        return f"the sender needed {run.sender_share:.0%} of its core"
+    both = run.sender_share + run.simulator_share
     if both > LOAD_CORE_SHARE:
         return f"sender and simulator together needed {both:.0%} of their core"
     return None
@@ -168,7 +171,8 @@ def _shot(ground: Ground, plan: Plan, ask: Ask, call: Call) -> Shot:
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{ground.port}\r\n"
         f"authorization: Bearer {ground.contender.key}\r\ncontent-type: application/json\r\n"
-        f"{ask.headers(call.adapter)}content-length: {len(content)}\r\n\r\n"
+        f"x-user-id: {call.user}\r\n{ask.headers(call.adapter)}"
+        f"content-length: {len(content)}\r\n\r\n"
     )
     # The simulator's answer begins with the adapter that gave it: the answer's, not the label's.
     expected = f'"content":"{ask.answered_by(call.adapter)}"'.encode()

@@ -55,7 +55,7 @@ def _no_header(adapter: int) -> str:
 
 
 def _session_header(adapter: int) -> str:
-    """What consistent_hash looks at first; without it, it hashes the whole body."""
+    """What consistent_hash looks at first, before the `x-user-id` that all requests carry."""
     return f"x-session-id: {adapter_name(adapter)}\r\n"
 
 
@@ -106,10 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_on_signals()
     try:
         cores = choose_cores()
-        with (
-            tempfile.TemporaryDirectory(prefix="loragate-bench-") as folder,
-            staying_on(cores.load),  # the sender keeps off the gateway's core
-        ):
+        with tempfile.TemporaryDirectory(prefix="loragate-bench-") as folder:
             return _run(args, cores, Path(folder))
     except (Unusable, Unready) as exc:
         print(f"bench: {exc}", file=sys.stderr)
@@ -134,6 +131,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--speed", type=float, help=f"of the replicas, default {FULL.speed:g}")
     parser.add_argument(
+        "--late-ms",
+        type=float,
+        help=f"how late the sender may be before a run is refused, default {FULL.late_ms:g}; "
+        "what it is late counts as first-token time",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         help="folder for the results; the default is bench/results for a complete run and "
@@ -148,7 +151,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _plan(args: argparse.Namespace) -> Plan:
     plan = TINY if args.tiny else QUICK if args.quick else FULL
-    return replace(plan, speed=args.speed) if args.speed else plan
+    given = {"speed": args.speed, "late_ms": args.late_ms}
+    return replace(plan, **{name: value for name, value in given.items() if value})
 
 
 def _run(args: argparse.Namespace, cores: Cores, scratch: Path) -> int:
@@ -162,13 +166,14 @@ def _run(args: argparse.Namespace, cores: Cores, scratch: Path) -> int:
     )
     print(conditions.machine, flush=True)
     records = []
-    for number, entry in enumerate((e for e in ENTRIES if e.name in args.only), 1):
-        print(f"[{number}/{len(args.only)}] {entry.title}", flush=True)
-        records.append(_race(entry, plan, cores, scratch))
     batch = decided = None
-    if "loragate" in args.only:
-        batch = _batch(cores, scratch, prompts=16 if args.tiny else batch_scale.PROMPTS)
-        decided = decisions.measure(quick=args.tiny)
+    with staying_on(cores.load):  # the sender keeps off the gateway's core
+        for number, entry in enumerate((e for e in ENTRIES if e.name in args.only), 1):
+            print(f"[{number}/{len(args.only)}] {entry.title}", flush=True)
+            records.append(_race(entry, plan, cores, scratch))
+        if "loragate" in args.only:
+            batch = _batch(cores, scratch, prompts=16 if args.tiny else batch_scale.PROMPTS)
+            decided = decisions.measure(quick=args.tiny)
     folder = args.out or (RESULTS if args.complete else HOME / "results")
     routing_report.write(records, conditions, plan, batch, decided, folder)
     print((folder / "routing.md").read_text())

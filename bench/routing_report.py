@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from bench.batch_scale import Scaling
-from bench.contest import BOUND_MS, KEPT, LOAD_CORE_SHARE, Figures, Plan, goodput
+from bench.contest import (
+    BOUND_MS,
+    KEPT,
+    LOAD_CORE_SHARE,
+    Figures,
+    Plan,
+    goodput,
+    most_cached_tokens,
+)
 from bench.decisions import Decisions
 
 OURS = "loragate"
-#: Policies whose clients know nothing of routing; with a header that names the adapter, a client
-#: does the router's work, which the second set of targets compares with.
+#: Policies as any client meets them. With a header that names the adapter, the client does the
+#: router's work; the second set of targets compares with that.
 UNAIDED = (
     "vllm-router-round-robin",
     "vllm-router-cache-aware",
@@ -173,6 +181,8 @@ def page(
     parts = [
         _preface(conditions, plan, Worst.of(records)),
         _table(records),
+        f"With every prefix computed once and never forgotten, {most_cached_tokens(plan):,} tokens "
+        "would be hit.\n",
         "## What loragate holds itself to\n",
         "| | bound | measured | |\n|---|---:|---:|---|",
         *(verdict.line() for verdict in verdicts),
@@ -204,9 +214,10 @@ and so every second of a gateway's own periods (health, placement) counted for {
 
 loragate loads adapters over HTTP; vllm-router loads none, so its replicas load an unknown model on
 first use, as vLLM's resolver plugins do. Both count, and so does an adapter that is read again
-after its replica had evicted it. consistent_hash hashes `x-session-id`, other session headers or a
-`user` in the body, else the whole body: it runs once with no header, as its peers, and once with
-clients that send the adapter's name as `x-session-id`: clients that route, in effect.
+after its replica had evicted it. All get the same bytes, with an `x-user-id` of one of the
+adapter's {work.users_each} users, which vllm-router's consistent_hash goes by; without any such
+header it sends every chat to one replica. It runs once more with an `x-session-id` that names the
+adapter, which it goes by first: clients that route, in effect.
 
 **Cold:** {plan.common_requests:,} requests at {plan.common_rate:g}/s, to replicas that hold
 nothing. **Goodput:** a request is good if it was answered whole and by its adapter, with its first
