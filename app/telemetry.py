@@ -51,6 +51,14 @@ QUARANTINED = Metric(
     "Adapter versions a replica serves wrongly.",
     ("pool", "replica"),
 )
+BATCHES_SPLIT = Metric(
+    "loragate_batches_split", "counter", "Batches of prompts sent in several calls."
+)
+BATCH_PARTS = Metric("loragate_batch_parts", "counter", "Calls that split batches were sent in.")
+COALESCED = Metric(
+    "loragate_coalesced_requests", "counter", "Scoring requests answered by a call they shared."
+)
+CALLS_SAVED = Metric("loragate_calls_saved", "counter", "Calls that coalescing made unnecessary.")
 SNAPSHOT_NUMBER = Metric("loragate_snapshot_number", "gauge", "Registry revision being served.")
 SNAPSHOT_VERSIONS = Metric("loragate_snapshot_versions", "gauge", "Adapter versions being served.")
 TASK_SECONDS = Metric(
@@ -69,6 +77,10 @@ METRICS = (
     POOL_WAITING,
     RETRIES,
     QUARANTINED,
+    BATCHES_SPLIT,
+    BATCH_PARTS,
+    COALESCED,
+    CALLS_SAVED,
     SNAPSHOT_NUMBER,
     SNAPSHOT_VERSIONS,
     TASK_SECONDS,
@@ -95,6 +107,7 @@ class Event(StrEnum):
     ADAPTER_LOST = "adapter.lost"
     ADAPTER_QUARANTINED = "adapter.quarantined"
     ALIAS_MOVED = "alias.moved"
+    PROBE_CHANGED = "probe.changed"
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
     TASK_FAILED = "task.failed"

@@ -101,6 +101,19 @@ def cold(ground: Ground, plan: Plan, ask: Ask) -> Figures:
     return _run(ground, plan, ask, calls, plan.common_rate, attempts=1)
 
 
+def most_cached_tokens(plan: Plan) -> int:
+    """Prefix-hit tokens of the cold run if every prefix were computed once and never forgotten."""
+    cache = PrefixCache(1 << 40)
+    size = figures.read().block_tokens
+    found = 0
+    for call in trace(plan.workload, plan.common_rate, plan.common_requests):
+        ask = parse(body(plan.workload, call, "any"))
+        keys = block_keys(str(call.adapter), conversation_of(ask), size)
+        found += cache.leading(keys) * size
+        cache.add(keys)
+    return found
+
+
 def limit(ground: Ground, plan: Plan, ask: Ask, tell: Callable[[Figures], None]) -> list[Figures]:
     """Bisect the ladder with warm replicas; every run that was needed, by rate."""
     low, high = -1, plan.steps

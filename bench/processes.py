@@ -92,16 +92,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def pinned(core: int, argv: Sequence[str]) -> list[str]:
-    """`argv` on one core, killed by the kernel should this process die before it can clean up."""
-    return ["setpriv", "--pdeathsig", "KILL", "taskset", "-c", str(core), *argv]
+def pinned(core: int | None, argv: Sequence[str]) -> list[str]:
+    """`argv` on one core (or any, for None), killed by the kernel should this process die first."""
+    where = [] if core is None else ["taskset", "-c", str(core)]
+    return ["setpriv", "--pdeathsig", "KILL", *where, *argv]
 
 
 @contextlib.contextmanager
 def running(
     argv: Sequence[str],
     *,
-    core: int,
+    core: int | None,
     log: Path,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,

@@ -41,6 +41,7 @@ KINDS: dict[type[errors.LoragateError], tuple[int, str]] = {
     errors.MethodNotAllowed: (405, _CALLER),
     errors.Conflict: (409, _CALLER),
     errors.AdapterRejected: (422, _CALLER),
+    errors.PromptLogprobsUnsupported: (422, _CALLER),
     errors.NoReplicaAvailable: (503, _SERVER),
     errors.PoolFull: (503, _SERVER),
     errors.AdapterQueueFull: (429, _CALLER),

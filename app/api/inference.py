@@ -98,6 +98,8 @@ class Inference:
         body = await exchange.body(rooms.settings.max_body_bytes)
         request = parse(exchange.path, body)
         request.headers = _upstream_headers(headers, answer.request_id)
+        if b"x-session-id" in headers:
+            request.session = headers[b"x-session-id"].decode("latin-1")
         answer.model = request.model
         if answer.deadline is None:
             reply = await rooms.request_path.serve(request, principal, snapshot)

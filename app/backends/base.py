@@ -29,21 +29,6 @@ class EngineStatus:
     started_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
-    """Which prompt logprobs an engine gets right.
-
-    `prompt_logprobs`: it survives them at all; `lora_prompt_logprobs`: those of adapters;
-    `lm_head_prompt_logprobs`: those of adapters that target lm_head. `dtype` is what it computes
-    in, if it says so. The defaults are a plain vLLM's on a GPU.
-    """
-
-    prompt_logprobs: bool = True
-    lora_prompt_logprobs: bool = True
-    lm_head_prompt_logprobs: bool = False
-    dtype: str | None = None
-
-
 class ReplyBody(Protocol):
     """Where a reply's bytes come from."""
 
@@ -195,6 +180,22 @@ class BufferedBody:
 
     def close(self) -> None:
         self._data = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a replica gets right beyond its dialect.
+
+    `prompt_logprobs`: asking for them is safe and right for the base, as long as no adapter that
+    changes lm_head is loaded beside it. `lora_prompt_logprobs`: so it is for adapters that leave
+    lm_head alone. `lm_head_prompt_logprobs`: for those that change it as well, and beside them.
+    `dtype`: what it computes in, if it says so.
+    """
+
+    prompt_logprobs: bool
+    lora_prompt_logprobs: bool
+    lm_head_prompt_logprobs: bool
+    dtype: str | None = None
 
 
 class Backend(Protocol):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import ssl
-from math import isfinite
 from collections.abc import Sequence
+from math import isfinite
 from urllib.parse import urlsplit
 
 import msgspec
 
 from app.backends.base import EngineStatus, Features, Reply
+from app.backends.plain_vllm import plain_features
 from app.backends.wire import Client, Limits
 from app.errors import AdapterLoadFailed, ConfigurationError, UpstreamBroke, UpstreamError
 
@@ -48,6 +49,14 @@ class _ScoredChoice(msgspec.Struct):
 
 class _Scored(msgspec.Struct):
     choices: list[_ScoredChoice]
+
+
+class _Features(msgspec.Struct):
+    """What loragate-vllm, and our own worker, answer to /loragate/features."""
+
+    prompt_logprobs: bool
+    prompt_logprobs_with_lora: bool
+    prompt_logprobs_with_lm_head_lora: bool
 
 
 class _Complaint(msgspec.Struct):
@@ -162,7 +171,21 @@ class VllmBackend:
         )
 
     async def features(self) -> Features:
-        return Features()
+        status, data = await self._get("/loragate/features")
+        if status == 404:
+            status, data = await self._get("/metrics")
+            return plain_features(data.decode(errors="replace") if status == 200 else "")
+        if status != 200:
+            raise UpstreamError(f"the replica answered {status} to /loragate/features")
+        try:
+            found = msgspec.json.decode(data, type=_Features)
+        except msgspec.DecodeError as exc:
+            raise UpstreamBroke(f"the replica's /loragate/features is not that: {exc}") from exc
+        return Features(
+            prompt_logprobs=found.prompt_logprobs,
+            lora_prompt_logprobs=found.prompt_logprobs_with_lora,
+            lm_head_prompt_logprobs=found.prompt_logprobs_with_lm_head_lora,
+        )
 
     async def close(self) -> None:
         for client in (self._inference, self._loads, self._probes):

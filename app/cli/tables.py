@@ -93,7 +93,7 @@ def adapter(found: dict[str, Any]) -> RenderableType:
         metadata=_pairs(found["metadata"]),
     )
     versions = table(
-        "model", "rank", "modules", "size", "digest", "source", "created",
+        "model", "rank", "modules", "size", "digest", "source", "probe", "created",
         rows=(
             (
                 each["model"],
@@ -102,6 +102,7 @@ def adapter(found: dict[str, Any]) -> RenderableType:
                 size(each["bytes"]),
                 each["digest"][:12],
                 each["source"],
+                "yes" if each["probed"] else "no",
                 when(each["created_at"]),
             )
             for each in found["versions"]
@@ -120,6 +121,7 @@ def version(found: dict[str, Any]) -> RenderableType:
         size=size(found["bytes"]),
         digest=found["digest"],
         source=found["source"],
+        probe="yes" if found["probed"] else "no",
         created=when(found["created_at"]),
         metadata=_pairs(found["metadata"]),
     )

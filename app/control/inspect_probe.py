@@ -65,7 +65,9 @@ def checked_probe(value: Mapping[str, Any], vocab_size: int | None, where: str =
 
 def vocab_size_of(config: Mapping[str, Any] | None) -> int | None:
     """How many token ids a base with this config.json knows; None if it does not say."""
-    size = (config or {}).get("vocab_size")
+    known = config or {}
+    inner = known.get("text_config")
+    size = known.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
     return size if type(size) is int and size > 0 else None
 
 

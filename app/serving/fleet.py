@@ -170,6 +170,12 @@ class Fleet:
         key = (pool, because.code)
         self.retries[key] = self.retries.get(key, 0) + 1
 
+    def distrust(self, upstream_name: str) -> None:
+        """What proves this version changed: it is verified again before it is served."""
+        for replica in self.live():
+            replica.verified.discard(upstream_name)
+            replica.quarantined.pop(upstream_name, None)
+
     def lost(self, replica: LiveReplica, version: AdapterVersion) -> None:
         """The replica answered that it does not know this adapter."""
         name = version.upstream_name

@@ -132,7 +132,7 @@ class Forwarder:
             for replica in pool.replicas:
                 if replica.id == prefer and replica not in tried and replica.allows(now):
                     return replica
-        return pick(pool, name, request.prefix, now, tried=tried)
+        return pick(pool, name, request.content, now, tried=tried)
 
     async def _send(self, replica: LiveReplica, request: InferenceRequest, route: Route) -> Reply:
         body = request.upstream_body(route.upstream_name)
@@ -185,7 +185,7 @@ class Forwarder:
     async def _again(self, pool: LivePool, failures: list[LoragateError]) -> bool:
         """Whether to try another replica; waits first if this one declined for its load."""
         last = failures[-1]
-        broken = sum(isinstance(failure, UpstreamBroke) for failure in failures)
+        broken = sum(isinstance(failure, (UpstreamBroke, EngineDied)) for failure in failures)
         if len(failures) >= MAX_ATTEMPTS or broken >= MAX_BROKEN:
             return False
         if not pool.budget.spend(self._clock.monotonic()):

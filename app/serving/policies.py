@@ -1,6 +1,6 @@
 """Which replica takes a request: filter, score in [0, 1], pick. No await, no I/O.
 
-What comes in: a pool, the name asked for, the prompt's prefix, who was tried. What goes out: one
+What comes in: a pool, the name asked for, the prompt, who was tried. What goes out: one
 replica, which may still have to be waited for. The work does not grow with the pool: a version has
 a few homes, and of a base's many replicas a few are drawn.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
+
+import msgspec
 
 from app.serving.affinity import blocks
 from app.serving.pool import LivePool
@@ -36,7 +38,7 @@ Fits = Callable[[LiveReplica], bool]
 def pick(
     pool: LivePool,
     name: str,
-    prefix: bytes,
+    content: bytes | msgspec.Raw | None,
     now: float,
     *,
     tried: Collection[LiveReplica] = (),
@@ -45,7 +47,7 @@ def pick(
     """The replica for one request of `name`, an upstream name; None if there is none.
 
     Args:
-        prefix: the first bytes of the prompt, as they stand in the request.
+        content: the JSON of the prompt or the messages, as it stands in the request.
         now: monotonic seconds.
         tried: replicas that this request was refused by.
         fits: says of a replica whether it can answer this request at all.
@@ -56,7 +58,7 @@ def pick(
     if not usable and adapted:
         usable = _usable(pool.holders(name), name, now, tried, fits)
     if len(usable) > 1:
-        return _best(pool, name, prefix, now, usable, adapted=adapted)
+        return _best(pool, name, content, now, usable, adapted=adapted)
     if usable:
         return usable[0]
     if not adapted:
@@ -85,13 +87,13 @@ def _usable(
 def _best(
     pool: LivePool,
     name: str,
-    prefix: bytes,
+    content: bytes | msgspec.Raw | None,
     now: float,
     usable: Sequence[LiveReplica],
     *,
     adapted: bool,
 ) -> LiveReplica:
-    chain = blocks(name, prefix)
+    chain = blocks(name, content)
     few = _few(pool, chain, usable)
     bound = BOUND * pool.mean_load() + 2
     below = [r for r in few if r.inflight + r.line.length <= bound]

@@ -41,7 +41,7 @@ class LiveReplica:
 
     `busy` counts requests in flight by adapter version (upstream name); those of the base are in
     `inflight` alone. `verified` are versions whose probe agreed, `quarantined` maps those whose
-    probe did not to what it found.
+    probe did not to what it found. `lm_head` are versions it holds that change the output layer.
     """
 
     def __init__(self, replica: Replica, backend: Backend, pool: LivePool, clock: Clock) -> None:
@@ -49,7 +49,7 @@ class LiveReplica:
         self.in_pool = pool
         self.state = ReplicaState.ADDING
         self.available = False
-        self.features = Features()
+        self.features = Features(False, False, False)  # until it says so
         self.status: EngineStatus | None = None
         self.key = key(replica.id)
         self.bit = pool.new_bit()
@@ -61,6 +61,7 @@ class LiveReplica:
         self.residency = Residency(pool.config.max_loras, pool.config.cpu_slots)
         self.quarantined: dict[str, str] = {}
         self.verified: set[str] = set()
+        self.lm_head: set[str] = set()
         self.loads: dict[str, asyncio.Future[None]] = {}
         self.load_turn = asyncio.Lock()
         self.refused: dict[tuple[str, str], tuple[float, str]] = {}
@@ -263,6 +264,7 @@ class LiveReplica:
         self.in_pool.forget_candidates(upstream_name)
         self.quarantined.pop(upstream_name, None)
         self.verified.discard(upstream_name)
+        self.lm_head.discard(upstream_name)
         return self.residency.forget(upstream_name)
 
     async def list_adapters(self) -> dict[str, str]:

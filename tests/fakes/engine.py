@@ -37,6 +37,11 @@ class FakeEngine:
         self.adapters: dict[str, str] = {}
         self.weights: dict[str, str] = {}
         self.dead = False
+        self.call_s = 0.0
+        #: What /loragate/features says; None is a vLLM without the plugin.
+        self.features: dict[str, Any] | None = dict(dialect.FEATURES)
+        #: What /metrics says; the part of it that a gateway reads.
+        self.metrics = dialect.metrics()
         self._ids = itertools.count(1)
 
     async def answer(self, request: Request) -> Answer:
@@ -48,12 +53,18 @@ class FakeEngine:
         if guarded and request.header("authorization") != wanted:
             return 401, dumps({"error": "Unauthorized"})
         match (request.method, request.path):
+            case ("GET", "/loragate/features") if self.features is not None:
+                return 200, dumps(self.features)
+            case ("GET", "/metrics"):
+                return 200, self.metrics.encode()
             case ("GET", "/v1/models"):
                 return 200, dumps({"object": "list", "data": self._cards()})
             case ("POST", "/v1/load_lora_adapter"):
                 return await self._load(dialect.parse(request.body))
             case ("POST", "/v1/unload_lora_adapter"):
                 return self._unload(dialect.parse(request.body))
+        if self.call_s:
+            await asyncio.sleep(self.call_s)  # as long as a step takes, however many are in it
         return self._inference(request)
 
     def _inference(self, request: Request) -> Answer:

@@ -92,7 +92,14 @@ def test_an_adapters_life(
     assert "4.5 KiB" in shown or "KiB" in shown
 
     assert "prod → 2" in loragate("adapters", "alias", "pirate", "prod", "2")
-    assert "prod → 1=9 2=1" in loragate("adapters", "alias", "pirate", "prod", "1=9", "2=1")
+    split = loragate("adapters", "alias", "pirate", "prod", "1=9", "2=1")
+    assert "prod → 1=9 2=1 (sticky by user)" in split
+    by_key = loragate("adapters", "alias", "pirate", "prod", "1=8", "2=2", "--sticky", "key")
+    assert "prod → 1=8 2=2 (sticky by key)" in by_key
+    assert "prod → 1=8 2=2 (sticky by key)" in loragate("adapters", "list")
+    assert "prod → 1=9 2=1 (sticky by key)" in loragate(
+        "adapters", "rollback", "pirate", "--alias", "prod"
+    )
     assert "prod → 2" in loragate("adapters", "rollback", "pirate", "--alias", "prod")
     assert "prod" not in loragate("adapters", "alias", "pirate", "prod", "--delete")
     assert "latest → 1" in loragate("adapters", "rollback", "pirate")

@@ -102,6 +102,7 @@ class FakeBackend:
         self.served = served
         self.adapters: dict[str, str] = {}
         self.well = True
+        self.gets_right = Features(True, True, True)
         self.closed = False
         self.sent: list[tuple[str, bytes, bytes]] = []
         self.loads: list[tuple[str, str]] = []
@@ -171,7 +172,7 @@ class FakeBackend:
         return self.engine
 
     async def features(self) -> Features:
-        return Features()
+        return self.gets_right
 
     async def close(self) -> None:
         self.closed = True

@@ -1,0 +1,160 @@
+"""From rounds of prompt batches to a page: medians, ratios, targets kept or missed.
+
+What comes in: every round's seconds, calls and hits by way of asking. What goes out:
+`batching.json` with all of them and `batching.md` with their medians. Pure, but for these files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+TITLES = {
+    "batch": "one batch, straight to vLLM",
+    "batch_gateway": "one batch, through the gateway",
+    "singles_gateway": "all at once, through the gateway",
+    "singles": "all at once, straight to vLLM",
+    "in_turn": "one after another, straight to vLLM",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One way once: seconds, calls that reached vLLM, and the part of tokens its cache had."""
+
+    seconds: float
+    calls: int
+    hit_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Low:
+    """Milliseconds of a single request when nothing else is asked, with coalescing and without."""
+
+    on_ms: float
+    off_ms: float
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """How, where and when it was measured."""
+
+    date: str
+    machine: str
+    commit: str | None
+    load_average: float
+    prompts: int
+    shared_tokens: int
+    own_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bound we hold ourselves to, and what was found."""
+
+    what: str
+    bound: str
+    found: str
+    kept: bool
+
+
+Rounds = Mapping[str, Sequence[Round]]
+
+
+def ratio(rounds: Rounds, way: str, of: str) -> float:
+    """The median of seconds over that of another way."""
+    return _seconds(rounds[way]) / _seconds(rounds[of])
+
+
+def targets(rounds: Rounds, low: Low) -> list[Target]:
+    batch = ratio(rounds, "batch_gateway", "batch")
+    singles = ratio(rounds, "singles_gateway", "batch_gateway")
+    calls = max(each.calls for each in rounds["singles_gateway"])
+    compared = ("batch_gateway", "singles_gateway")
+    hits = min(each.hit_rate for way in compared for each in rounds[way])
+    added = low.on_ms - low.off_ms
+    return [
+        Target("The batch through the gateway, of it sent straight", "≤ 1.03", f"{batch:.3f}",
+               batch <= 1.03),
+        Target("All at once through the gateway, of the batch there", "≤ 1.05", f"{singles:.3f}",
+               singles <= 1.05),
+        Target("Calls that reach vLLM for all at once, worst round", "≤ 8", str(calls),
+               calls <= 8),
+        Target("Prefix-cache hits through the gateway, worst round", "≥ 98 %", f"{hits:.1%}",
+               hits >= 0.98),
+        Target("What coalescing adds to p50 at one connection", "≤ 0.2 ms", f"{added:+.2f} ms",
+               added <= 0.2),
+    ]  # fmt: skip
+
+
+def page(rounds: Rounds, low: Low, conditions: Conditions) -> str:
+    """The whole page, in Markdown."""
+    c = conditions
+    commit = f" at commit {c.commit}" if c.commit else ""
+    lines = [
+        "# Prompt batches and single prompts",
+        "",
+        f"Measured {c.date}{commit}, medians of the rounds given.",
+        f"Machine: {c.machine}; load average {c.load_average:.2f} before the start.",
+        "",
+        "A real vLLM on the CPU with the demo model in float32 and a LoRA adapter is asked for "
+        f"the next token's logprobs (`max_tokens` 1, `logprobs` 5) after {c.prompts} prompts of "
+        f"{c.shared_tokens + c.own_tokens} token ids, {c.shared_tokens} of them shared. Every "
+        "measurement has a prefix that vLLM has not seen and pays for it once. The ways take "
+        "turns; vLLM, gateway and client share the machine's cores. Connections are open before "
+        "the clock starts. Calls and hits are vLLM's own counts. Before the first round all ways "
+        "gave the same logprobs for the same prompts.",
+        "",
+        "| | rounds | calls to vLLM | seconds | fastest | slowest | of the batch sent straight "
+        "| prefix-cache hits |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        *(_line(rounds, way) for way in TITLES),
+        "",
+        f"One request after another over one connection, {low.pairs} pairs: p50 {low.on_ms:.2f} ms "
+        f"with coalescing, {low.off_ms:.2f} ms without.",
+        "",
+        "## What loragate holds itself to",
+        "",
+        "| | bound | measured | |",
+        "|---|---:|---:|---|",
+        *(
+            f"| {t.what} | {t.bound} | {t.found} | {'kept' if t.kept else 'missed'} |"
+            for t in targets(rounds, low)
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write(rounds: Rounds, low: Low, conditions: Conditions, folder: Path) -> None:
+    """Both files; the JSON one has every round."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "conditions": asdict(conditions),
+        "median_s": {way: round(_seconds(found), 4) for way, found in rounds.items()},
+        "low_load": asdict(low),
+        "targets": [asdict(target) for target in targets(rounds, low)],
+        "rounds": {way: [asdict(each) for each in found] for way, found in rounds.items()},
+    }
+    (folder / "batching.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / "batching.md").write_text(page(rounds, low, conditions))
+
+
+def _line(rounds: Rounds, way: str) -> str:
+    found = rounds[way]
+    seconds = [each.seconds for each in found]
+    calls = sorted({each.calls for each in found})
+    told = str(calls[0]) if len(calls) == 1 else f"{calls[0]} to {calls[-1]}"
+    hits = median(each.hit_rate for each in found)
+    return (
+        f"| {TITLES[way]} | {len(found)} | {told} | {median(seconds):.3f} | {min(seconds):.3f} "
+        f"| {max(seconds):.3f} | {ratio(rounds, way, 'batch'):.3f} | {hits:.1%} |"
+    )
+
+
+def _seconds(found: Sequence[Round]) -> float:
+    return median(each.seconds for each in found)
