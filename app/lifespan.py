@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TypedDict
 
 from fastapi import FastAPI
@@ -18,14 +19,18 @@ from app.clock import SystemClock
 from app.control import embedded
 from app.control.declared import sync_declared
 from app.control.driver import Driver
-from app.control.tasks import sweep
+from app.control.probes import probe_of
+from app.control.tasks import place, sweep
 from app.control.tasks.flush_usage import FlushUsage
+from app.control.tasks.place import Place
 from app.control.tasks.publish import Publish
 from app.control.tasks.reap import Reap
 from app.control.tasks.sweep import Sweep
 from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url
-from app.domain import Replica
+from app.domain import AdapterVersion, Probe, Replica
+from app.serving.batches import Batches
+from app.serving.coalesce import Coalescer
 from app.serving.fleet import Fleet
 from app.serving.forward import Forwarder
 from app.serving.meter import Meter
@@ -67,14 +72,28 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
 
     snapshots = Snapshots()
     meter = Meter()
-    fleet = Fleet(_connect(settings), clock=clock, store_root=store.root, store_path=store.path)
+    fleet = Fleet(
+        _connect(settings),
+        clock=clock,
+        store_root=store.root,
+        store_path=store.path,
+        find_probe=partial(_find_probe, db),
+    )
     await stack.enter_async_context(fleet)
+
+    forwarder = Forwarder(fleet, clock)
+    batches = Batches(forwarder, fleet, meter)
+    coalescer = None
+    if settings.coalesce:
+        coalescer = await stack.enter_async_context(Coalescer(forwarder, batches, meter))
 
     driver = Driver(clock)
     publish = Publish(db, snapshots, fleet, settings)
     flush = FlushUsage(db, meter, clock)
     probe = driver.add("probe", fleet.probe, settings.health_period_s)
     fleet.on_change = probe.wake
+    placing = Place(fleet, snapshots, clock, grace_s=settings.unload_grace_s)
+    driver.add("place", placing.activate, place.PERIOD_S)
     driver.add("flush_usage", flush.activate, settings.flush_usage_period_s)
     driver.add("sweep", Sweep(db, store).activate, sweep.PERIOD_S)
     rooms = Rooms(
@@ -85,7 +104,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         snapshots=snapshots,
         fleet=fleet,
         meter=meter,
-        request_path=RequestPath(Forwarder(fleet), meter),
+        request_path=RequestPath(forwarder, batches, coalescer, meter),
         driver=driver,
         publish=driver.add("publish", publish.activate, settings.publish_period_s),
         reap=driver.add(
@@ -116,6 +135,11 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     gc.freeze()  # what is here now stays: keep it out of every later collection
     _announce(rooms)
     return rooms
+
+
+async def _find_probe(db: Database, version: AdapterVersion) -> Probe | None:
+    async with db.read() as session:
+        return await probe_of(session, version.adapter, version.number)
 
 
 def _connect(settings: Settings) -> Callable[[Replica], VllmBackend]:

@@ -32,6 +32,15 @@ class PoolSettings(BaseModel):
     )
     max_lora_rank: int = Field(64, ge=1, description="The replicas' --max-lora-rank.")
     max_loras: int = Field(8, ge=1, description="The replicas' --max-loras.")
+    max_cpu_loras: int | None = Field(
+        None, ge=1, description="The replicas' --max-cpu-loras; as `max_loras` when left out."
+    )
+    max_inflight: int = Field(
+        256, ge=1, description="Most requests that one replica is given at once."
+    )
+    max_queue: int = Field(
+        1024, ge=0, description="Most requests that wait while every replica has that many."
+    )
     store_mount: str | None = Field(
         None, description="Where the replicas see the adapter store, if not at the same path."
     )
@@ -83,6 +92,11 @@ class Settings(BaseSettings):
     )
 
     max_body_bytes: int = Field(32 << 20, ge=1024, description="Largest request body, in bytes.")
+    coalesce: bool = Field(
+        True,
+        description="Concurrent requests to score one prompt, alike but for it, share a call to a "
+        "replica.",
+    )
     max_connections_per_replica: int = Field(
         1024, ge=1, description="Open connections to one replica at most."
     )
@@ -99,6 +113,12 @@ class Settings(BaseSettings):
         0.25, gt=0, description="How often the registry is looked at for changes made elsewhere."
     )
     flush_usage_period_s: float = Field(5.0, gt=0, description="How often usage is written down.")
+    unload_grace_s: float = Field(
+        60.0,
+        ge=0,
+        description="How long a version that no alias points to stays loaded after its last "
+        "request.",
+    )
     reap_period_s: float = Field(60.0, gt=0, description="How often unused files are collected.")
     reap_grace_s: float = Field(
         600.0,

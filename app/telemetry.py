@@ -41,6 +41,24 @@ REPLICA_UP = Metric("loragate_replica_up", "gauge", "1 if healthy.", ("pool", "r
 ADAPTER_LOADS = Metric(
     "loragate_adapter_loads", "counter", "Adapter loads asked of replicas.", ("pool", "result")
 )
+POOL_WAITING = Metric(
+    "loragate_pool_waiting", "gauge", "Requests that wait for a place on a replica.", ("pool",)
+)
+RETRIES = Metric("loragate_retries", "counter", "Requests sent once more.", ("pool", "reason"))
+QUARANTINED = Metric(
+    "loragate_quarantined",
+    "gauge",
+    "Adapter versions a replica serves wrongly.",
+    ("pool", "replica"),
+)
+BATCHES_SPLIT = Metric(
+    "loragate_batches_split", "counter", "Batches of prompts sent in several calls."
+)
+BATCH_PARTS = Metric("loragate_batch_parts", "counter", "Calls that split batches were sent in.")
+COALESCED = Metric(
+    "loragate_coalesced_requests", "counter", "Scoring requests answered by a call they shared."
+)
+CALLS_SAVED = Metric("loragate_calls_saved", "counter", "Calls that coalescing made unnecessary.")
 SNAPSHOT_NUMBER = Metric("loragate_snapshot_number", "gauge", "Registry revision being served.")
 SNAPSHOT_VERSIONS = Metric("loragate_snapshot_versions", "gauge", "Adapter versions being served.")
 TASK_SECONDS = Metric(
@@ -56,6 +74,13 @@ METRICS = (
     REPLICA_INFLIGHT,
     REPLICA_UP,
     ADAPTER_LOADS,
+    POOL_WAITING,
+    RETRIES,
+    QUARANTINED,
+    BATCHES_SPLIT,
+    BATCH_PARTS,
+    COALESCED,
+    CALLS_SAVED,
     SNAPSHOT_NUMBER,
     SNAPSHOT_VERSIONS,
     TASK_SECONDS,
@@ -74,12 +99,15 @@ class Event(StrEnum):
     REQUEST_FAILED = "request.failed"
     REQUEST_CRASHED = "request.crashed"
     REPLICA_STATE = "replica.state"
+    REPLICA_BREAKER = "replica.breaker"
     ADAPTER_REGISTERED = "adapter.registered"
     ADAPTER_DELETED = "adapter.deleted"
     ADAPTER_LOADED = "adapter.loaded"
     ADAPTER_UNLOADED = "adapter.unloaded"
     ADAPTER_LOST = "adapter.lost"
+    ADAPTER_QUARANTINED = "adapter.quarantined"
     ALIAS_MOVED = "alias.moved"
+    PROBE_CHANGED = "probe.changed"
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
     TASK_FAILED = "task.failed"

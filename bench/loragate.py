@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,7 +28,7 @@ from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url, migrate
 from app.db.tables import AdapterRow, AliasRow, VersionRow
 from app.domain import BaseModel, Pool, Scope
-from app.settings import Settings
+from app.settings import PoolSettings, Settings
 from bench.client import chat_body, get, post
 from bench.measure import Misbehaved
 from bench.null_upstream import BASE_MODEL
@@ -71,17 +71,21 @@ RANK = 1
 
 def seeded(name: str, scratch: Path) -> Contender:
     """Fill a registry and return the contender that serves it. Its oldest adapter is asked for."""
+    return registered(name, VARIANTS[name], scratch)
+
+
+def registered(name: str, variant: Variant, scratch: Path, **options: int) -> Contender:
+    """The same for any variant, with `options` of its pool that this version has."""
     _forget_environment()
-    variant = VARIANTS[name]
     home = scratch / name
     settings = Settings(data_dir=home, embedded="off")
     migrate(settings)
     key = asyncio.run(_fill(settings, home / "adapter", variant.adapters))
-    model = _adapter_name(0)
+    model = adapter_name(0)
     return Contender(
         name,
         variant.title,
-        _launcher(home, variant.command),
+        _launcher(home, variant.command, options),
         requirements=("loragate", "uvicorn", "httptools", "uvloop"),
         model=model,
         upstream_model=f"{model}@1",
@@ -115,7 +119,7 @@ async def _fill(settings: Settings, adapter: Path, count: int) -> str:
             await adapters.register(
                 session,
                 clock,
-                name=_adapter_name(0),
+                name=adapter_name(0),
                 base_model=BASE_MODEL,
                 digest=admitted.digest,
                 facts=admitted.facts,
@@ -138,13 +142,14 @@ async def _multiply(session: AsyncSession, count: int) -> None:
         for number in range(1, count):
             copy = original | {name: value + number for name, value in ids.items()}
             if row is AdapterRow:
-                copy["name"] = _adapter_name(number)
+                copy["name"] = adapter_name(number)
             copies.append(copy)
         if copies:
             await session.execute(insert(table), copies)
 
 
-def _adapter_name(number: int) -> str:
+def adapter_name(number: int) -> str:
+    """What the adapters of every registry here are called."""
     return f"bench-{number:05}"
 
 
@@ -184,9 +189,13 @@ def _write_adapter(folder: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(weights)
 
 
-def _launcher(home: Path, command: tuple[str, ...]) -> Callable[[Stand], Launch]:
+def _launcher(
+    home: Path, command: tuple[str, ...], options: Mapping[str, int]
+) -> Callable[[Stand], Launch]:
+    known = {name: options[name] for name in options if name in PoolSettings.model_fields}
+
     def launch(stand: Stand) -> Launch:
-        pool = {"name": POOL, "base_model": BASE_MODEL, "replicas": stand.upstreams}
+        pool = {"name": POOL, "base_model": BASE_MODEL, "replicas": stand.upstreams, **known}
         program, *arguments = command
         if program == "uvicorn":
             arguments += ["--host", "127.0.0.1", "--port", str(stand.port)]
@@ -206,12 +215,12 @@ def _launcher(home: Path, command: tuple[str, ...]) -> Callable[[Stand], Launch]
 
 def _inspect(port: int, key: str, finished: int, *, stream: bool) -> None:
     """After a load: was the door locked, and did it count and bill what it served?"""
-    stranger = post(port, chat_body(_adapter_name(0), stream=stream), "lg-not-a-key")
+    stranger = post(port, chat_body(adapter_name(0), stream=stream), "lg-not-a-key")
     if stranger.status != 401:
         raise Misbehaved(f"answered {stranger.status} to an unknown key")
     page = get(port, "/metrics").decode()
     counted = _sum(page, "loragate_requests_total", 'status="200"')
-    billed = _sum(page, "loragate_tokens_total", f'model="{_adapter_name(0)}@1"')
+    billed = _sum(page, "loragate_tokens_total", f'model="{adapter_name(0)}@1"')
     if counted < finished or billed < finished:
         raise Misbehaved(f"counted {counted} requests and billed {billed} tokens of {finished}")
 

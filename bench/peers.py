@@ -99,6 +99,17 @@ def _vllm_router(policy: str) -> Callable[[Stand], Launch]:
     return launch
 
 
+def vllm_router(policy: str, title: str) -> Contender:
+    """vLLM's router under one of its policies; all of them share an environment."""
+    return Contender(
+        f"vllm-router-{policy.replace('_', '-')}",
+        title,
+        _vllm_router(policy),
+        requirements=("vllm-router",),
+        environment="vllm-router",
+    )
+
+
 def _smg(policy: str) -> Callable[[Stand], Launch]:
     def launch(stand: Stand) -> Launch:
         return Launch(
@@ -179,20 +190,8 @@ FLOOR = Contender(
 )
 
 PEERS = (
-    Contender(
-        "vllm-router-round-robin",
-        "vllm-router, round_robin",
-        _vllm_router("round_robin"),
-        requirements=("vllm-router",),
-        environment="vllm-router",
-    ),
-    Contender(
-        "vllm-router-cache-aware",
-        "vllm-router, cache_aware (its default)",
-        _vllm_router("cache_aware"),
-        requirements=("vllm-router",),
-        environment="vllm-router",
-    ),
+    vllm_router("round_robin", "vllm-router, round_robin"),
+    vllm_router("cache_aware", "vllm-router, cache_aware (its default)"),
     Contender(
         "smg-round-robin",
         "smg, round_robin",

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from tests.databases import db, db_url, new_database, postgres, sqlite_template
-from tests.servers import fake_server, vllm_server, worker_server
+from tests.servers import fake_server, sim_server, vllm_server, worker_server
 
 __all__ = [
     "db",
@@ -24,6 +24,7 @@ __all__ = [
     "fake_server",
     "new_database",
     "postgres",
+    "sim_server",
     "sqlite_template",
     "vllm_server",
     "worker_server",

@@ -1,4 +1,4 @@
-"""Model servers to test against: the fake, the worker, a real vLLM; one shape for all.
+"""Model servers to test against, one shape for all: fake, simulated, the worker, a real vLLM.
 
 What comes in: pytest's request for a server. What goes out: a `ModelServer` that runs. The
 worker and vLLM are subprocesses and start once per session; tests leave no adapter loaded there.
@@ -7,14 +7,19 @@ worker and vLLM are subprocesses and start once per session; tests leave no adap
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from app import demo
+from bench.sim import Config, Simulation
 from tests.fakes.adapters import write_adapter
+from tests.fakes.loops import LoopThread
 from tests.fakes.upstream import FakeUpstream
 from tests.processes import LORAGATE, Process, free_port
 
@@ -55,6 +60,23 @@ def fake_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServe
 
 
 @pytest.fixture(scope="session")
+def sim_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
+    """One simulated replica, on a loop of its own."""
+    folder = tmp_path_factory.mktemp("sim")
+    thread = LoopThread("simulation")
+    config = Config(replicas=1, served="tiny", speed=100, files=True, max_lora_rank=MAX_LORA_RANK)
+    simulation = thread.run(Simulation(config).__aenter__())
+    yield ModelServer(
+        simulation.replicas[0].url,
+        "tiny",
+        write_adapter(folder / "good"),
+        write_adapter(folder / "oversized", rank=2 * MAX_LORA_RANK),
+    )
+    thread.run(simulation.__aexit__(None, None, None))
+    thread.close()
+
+
+@pytest.fixture(scope="session")
 def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
     """`loragate worker` with the demo model, alone."""
     port = free_port()
@@ -71,7 +93,16 @@ def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelSer
 
 @pytest.fixture(scope="session")
 def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
-    """A real vLLM on the CPU with the demo model. Without one the test is skipped; not in CI."""
+    """A real vLLM on the CPU with the demo model and our plugin."""
+    with run_vllm(tmp_path_factory.mktemp("vllm")) as server:
+        yield server
+
+
+@contextmanager
+def run_vllm(
+    folder: Path, *more: str, env: Mapping[str, str] | None = None
+) -> Iterator[ModelServer]:
+    """A vLLM of your own, with more options. Without vLLM the test is skipped; not in CI."""
     port = free_port()
     options = {
         "model": str(demo.MODEL_DIR),
@@ -86,14 +117,14 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServe
     }
     command = [_vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
     command += [part for name, value in options.items() for part in (f"--{name}", value)]
-    command += ["--enable-lora", "--enforce-eager"]
-    env = {
+    command += ["--enable-lora", "--enforce-eager", *more]
+    base_env = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": "2",
     }
-    yield from _serve(command, env, port, tmp_path_factory.mktemp("vllm"))
+    yield from _serve(command, base_env | dict(env or {}), port, folder)
 
 
 def _serve(
@@ -115,9 +146,27 @@ def _serve(
 def _vllm_python() -> str:
     named = os.environ.get("LORAGATE_TEST_VLLM_PYTHON")
     python = Path(named) if named else ROOT / ".venv-vllm" / "bin" / "python"
-    if python.exists():
-        return str(python)
-    missing = f"no vLLM: {python} does not exist (`make vllm` installs one)"
+    if not python.exists():
+        _without(f"no vLLM: {python} does not exist (`make vllm` installs one)")
+    if not _plugin_is_current(str(python)):
+        _without(f"{python} does not have the plugin as it is here (`make vllm` installs it)")
+    return str(python)
+
+
+def _plugin_is_current(python: str) -> bool:
+    find = "import importlib.util as u; print(u.find_spec('loragate_vllm').origin)"
+    found = subprocess.run([python, "-c", find], capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        return False
+    installed = Path(found.stdout.strip()).parent
+    return all(
+        (installed / source.name).is_file()
+        and (installed / source.name).read_bytes() == source.read_bytes()
+        for source in (ROOT / "plugin" / "loragate_vllm").glob("*.py")
+    )
+
+
+def _without(missing: str) -> NoReturn:
     if os.environ.get("CI", "").lower() in ("1", "true"):
         pytest.fail(missing, pytrace=False)
     pytest.skip(missing)

@@ -41,8 +41,13 @@ KINDS: dict[type[errors.LoragateError], tuple[int, str]] = {
     errors.MethodNotAllowed: (405, _CALLER),
     errors.Conflict: (409, _CALLER),
     errors.AdapterRejected: (422, _CALLER),
+    errors.PromptLogprobsUnsupported: (422, _CALLER),
     errors.NoReplicaAvailable: (503, _SERVER),
+    errors.PoolFull: (503, _SERVER),
+    errors.AdapterQueueFull: (429, _CALLER),
+    errors.DeadlineExceeded: (504, _SERVER),
     errors.AdapterLoadFailed: (502, _SERVER),
+    errors.ProbeFailed: (502, _SERVER),
     errors.UpstreamError: (502, _SERVER),
     errors.UpstreamRefused: (503, _SERVER),
     errors.UpstreamTimeout: (504, _SERVER),
@@ -53,7 +58,7 @@ KINDS: dict[type[errors.LoragateError], tuple[int, str]] = {
 }
 
 #: The `openai` client repeats 409 and 5xx by itself; here that would only say the same again.
-_FINAL = (errors.Conflict, errors.AdapterLoadFailed)
+_FINAL = (errors.Conflict, errors.AdapterLoadFailed, errors.DeadlineExceeded)
 
 _JSON = "application/json"
 

@@ -152,7 +152,16 @@ def count(rooms: Rooms) -> dict[telemetry.Metric, Samples]:
         telemetry.REPLICA_UP: [
             ((r.pool, r.id), (int(r.state is ReplicaState.HEALTHY),)) for r in live
         ],
-        telemetry.ADAPTER_LOADS: [(key, (n,)) for key, n in rooms.fleet.loads.items()],
+        telemetry.ADAPTER_LOADS: [(key, (n,)) for key, n in rooms.fleet.loads.counts.items()],
+        telemetry.POOL_WAITING: [
+            ((name,), (pool.waiting,)) for name, pool in rooms.fleet.pools.items()
+        ],
+        telemetry.RETRIES: [(key, (n,)) for key, n in rooms.fleet.retries.items()],
+        telemetry.QUARANTINED: [((r.pool, r.id), (len(r.quarantined),)) for r in live],
+        telemetry.BATCHES_SPLIT: [((), (meter.batches,))],
+        telemetry.BATCH_PARTS: [((), (meter.parts,))],
+        telemetry.COALESCED: [((), (meter.coalesced,))],
+        telemetry.CALLS_SAVED: [((), (meter.calls_saved,))],
         telemetry.SNAPSHOT_NUMBER: [((), (snapshot.number,))],
         telemetry.SNAPSHOT_VERSIONS: [((), (versions,))],
         telemetry.TASK_SECONDS: [((t.name,), (t.last_duration_s or 0.0,)) for t in tasks],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from asyncio import CancelledError
+from asyncio import CancelledError, get_running_loop, timeout_at
 from itertools import count
 from typing import Any
 
@@ -20,7 +20,7 @@ from app.api.exchange import ClientLeft, Exchange, Headers
 from app.api.rooms import Rooms
 from app.backends.base import Reply
 from app.domain import Principal, Scope
-from app.errors import InvalidRequest, LoragateError, MethodNotAllowed
+from app.errors import DeadlineExceeded, InvalidRequest, LoragateError, MethodNotAllowed
 from app.serving.request import parse
 from app.telemetry import Event, log, request_id
 
@@ -40,6 +40,7 @@ PATHS = frozenset(
 _FORWARDED = frozenset({b"traceparent", b"tracestate", b"x-session-id", b"x-vllm-priority"})
 _RETURNED = frozenset({b"content-type", b"retry-after"})
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_TIMEOUT_MS = re.compile(rb"[1-9][0-9]{0,8}")
 _SSE = b"text/event-stream"
 CLIENT_LEFT = 499
 
@@ -84,6 +85,8 @@ class Inference:
         if exchange.method != "POST":
             raise MethodNotAllowed(f"{exchange.path} takes POST, not {exchange.method}.")
         headers = exchange.headers
+        if b"x-request-timeout-ms" in headers:
+            answer.deadline = _deadline(headers[b"x-request-timeout-ms"])
         snapshot = rooms.snapshots.current
         principal = authenticate(exchange, headers, snapshot, rooms.clock)
         answer.principal = permit(principal, Scope.INFERENCE)
@@ -95,8 +98,17 @@ class Inference:
         body = await exchange.body(rooms.settings.max_body_bytes)
         request = parse(exchange.path, body)
         request.headers = _upstream_headers(headers, answer.request_id)
+        if b"x-session-id" in headers:
+            request.session = headers[b"x-session-id"].decode("latin-1")
         answer.model = request.model
-        reply = await rooms.request_path.serve(request, principal, snapshot)
+        if answer.deadline is None:
+            reply = await rooms.request_path.serve(request, principal, snapshot)
+        else:
+            try:
+                async with timeout_at(answer.deadline):
+                    reply = await rooms.request_path.serve(request, principal, snapshot)
+            except TimeoutError as exc:
+                raise _too_late() from exc
         try:
             await answer.relay(reply)
         finally:
@@ -115,6 +127,7 @@ class _Answer:
     __slots__ = (
         "_exchange",
         "_started",
+        "deadline",
         "error",
         "model",
         "principal",
@@ -127,6 +140,7 @@ class _Answer:
         self._exchange = exchange
         self._started = False
         self.request_id = request_id
+        self.deadline: float | None = None
         self.status = 500
         self.model = ""
         self.replica = ""
@@ -141,12 +155,16 @@ class _Answer:
         self._started = True
         headers = [pair for pair in reply.headers if pair[0] in _RETURNED]
         headers.append((b"x-request-id", self.request_id))
+        if reply.replica:
+            headers.append((b"x-loragate-replica", reply.replica.encode()))
+        if reply.version:
+            headers.append((b"x-loragate-adapter-version", reply.version.encode()))
         if reply.complete:
             await exchange.respond(reply.status, headers, reply.take())
             return
         await exchange.start(reply.status, headers)
         try:
-            await exchange.relay(reply)
+            await self._relay(reply)
         except LoragateError as exc:
             self.error = exc
             if not _is_event_stream(headers):
@@ -154,6 +172,16 @@ class _Answer:
                 return
             await exchange.write(b"data: %b\n\n" % envelope_bytes(exc))
         await exchange.end()
+
+    async def _relay(self, reply: Reply) -> None:
+        if self.deadline is None:
+            await self._exchange.relay(reply)
+            return
+        try:
+            async with timeout_at(self.deadline):
+                await self._exchange.relay(reply)
+        except TimeoutError as exc:
+            raise _too_late() from exc
 
     async def fail(self, exc: BaseException) -> None:
         """Send an error instead of a reply; if one was begun, cut it."""
@@ -169,6 +197,23 @@ class _Answer:
         if isinstance(exc, MethodNotAllowed):
             headers.append((b"allow", b"POST"))
         await self._exchange.respond(self.status, headers, envelope_bytes(exc))
+
+
+def _deadline(given: bytes) -> float:
+    """The loop's time at which the client stops waiting."""
+    if not _TIMEOUT_MS.fullmatch(given):
+        raise InvalidRequest(
+            "X-Request-Timeout-Ms must be a whole number of milliseconds, from 1 to 999999999.",
+            param="X-Request-Timeout-Ms",
+        )
+    return get_running_loop().time() + int(given) / 1000
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "The answer was not there, or not whole, within the X-Request-Timeout-Ms of the request. "
+        "Allow more time, or ask for less."
+    )
 
 
 def _upstream_headers(headers: dict[bytes, bytes], rid: bytes) -> bytes:

@@ -7,11 +7,26 @@ of routing, keys or adapters' versions.
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 #: Sends bytes on at once. A future in answer means: no more until it is done.
 Push = Callable[[bytes], Future[None] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What an engine's metrics say of it.
+
+    `running` and `waiting` are requests of everybody; `kv_cache_usage` is in [0, 1]. `started_at`,
+    in seconds since the epoch, tells one process from the next; None if it does not say.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    started_at: float | None = None
 
 
 class ReplyBody(Protocol):
@@ -58,12 +73,13 @@ class Reply:
     generator's `finally`, because a generator that never started never runs its `finally`.
     """
 
-    __slots__ = ("_body", "_callbacks", "_ended", "_tap", "headers", "replica", "status")
+    __slots__ = ("_body", "_callbacks", "_ended", "_tap", "headers", "replica", "status", "version")
 
     def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: ReplyBody) -> None:
         self.status = status
         self.headers = headers
         self.replica = ""
+        self.version = ""
         self._body = body
         self._tap: Tap | None = None
         self._callbacks: list[Callable[[], None]] | None = []
@@ -166,6 +182,22 @@ class BufferedBody:
         self._data = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a replica gets right beyond its dialect.
+
+    `prompt_logprobs`: asking for them is safe and right for the base, as long as no adapter that
+    changes lm_head is loaded beside it. `lora_prompt_logprobs`: so it is for adapters that leave
+    lm_head alone. `lm_head_prompt_logprobs`: for those that change it as well, and beside them.
+    `dtype`: what it computes in, if it says so.
+    """
+
+    prompt_logprobs: bool
+    lora_prompt_logprobs: bool
+    lm_head_prompt_logprobs: bool
+    dtype: str | None = None
+
+
 class Backend(Protocol):
     """A dialect of model server: one of these for each replica."""
 
@@ -194,8 +226,31 @@ class Backend(Protocol):
     async def list_adapters(self) -> dict[str, str]:
         """The adapters it has: name -> path."""
 
+    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The logprob under `name` of every id but the first of each row.
+
+        One row a request: some engines die of two rows' prompt logprobs in one step.
+
+        Raises:
+            UpstreamError: it did not answer, or refused.
+        """
+
     async def healthy(self) -> bool:
         """Whether it takes requests."""
+
+    async def status(self) -> EngineStatus:
+        """How busy it is, and which process it is.
+
+        Raises:
+            UpstreamError: it could not be asked.
+        """
+
+    async def features(self) -> Features:
+        """Which prompt logprobs it gets right.
+
+        Raises:
+            UpstreamError: it could not be asked.
+        """
 
     async def close(self) -> None:
         """Close idle connections, and the others as they finish."""

@@ -7,16 +7,26 @@ unloading only makes it forget the name, and any load failure that is not the ca
 
 from __future__ import annotations
 
+import re
 import ssl
+from collections.abc import Sequence
+from math import isfinite
 from urllib.parse import urlsplit
 
 import msgspec
 
-from app.backends.base import Reply
+from app.backends.base import EngineStatus, Features, Reply
+from app.backends.plain_vllm import plain_features
 from app.backends.wire import Client, Limits
 from app.errors import AdapterLoadFailed, ConfigurationError, UpstreamBroke, UpstreamError
 
 _ANSWER_BYTES = 16 << 20
+#: A sample of one of the metrics read here: its name, labels if any, and its value.
+_SAMPLE = re.compile(
+    rb"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc"
+    rb"|process_start_time_seconds)(?:\{[^}\n]*\})? (\S+)",
+    re.MULTILINE,
+)
 
 
 class _Card(msgspec.Struct):
@@ -27,6 +37,26 @@ class _Card(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Card]
+
+
+class _Ranked(msgspec.Struct):
+    logprob: float
+
+
+class _ScoredChoice(msgspec.Struct):
+    prompt_logprobs: list[dict[str, _Ranked] | None]
+
+
+class _Scored(msgspec.Struct):
+    choices: list[_ScoredChoice]
+
+
+class _Features(msgspec.Struct):
+    """What loragate-vllm, and our own worker, answer to /loragate/features."""
+
+    prompt_logprobs: bool
+    prompt_logprobs_with_lora: bool
+    prompt_logprobs_with_lm_head_lora: bool
 
 
 class _Complaint(msgspec.Struct):
@@ -111,6 +141,9 @@ class VllmBackend:
             raise UpstreamBroke(f"the replica's /v1/models is not a model list: {exc}") from exc
         return {card.id: card.root or "" for card in cards if card.parent is not None}
 
+    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [await self._score(name, row) for row in token_ids]
+
     async def healthy(self) -> bool:
         try:
             status, _ = await self._get("/health")
@@ -118,9 +151,61 @@ class VllmBackend:
             return False
         return status == 200
 
+    async def status(self) -> EngineStatus:
+        status, data = await self._get("/metrics")
+        if status != 200:
+            return EngineStatus()  # a server that speaks the dialect and has no metrics
+        samples: dict[bytes, list[float]] = {}
+        for name, value in _SAMPLE.findall(data):
+            try:
+                samples.setdefault(name, []).append(float(value))
+            except ValueError as exc:
+                raise UpstreamBroke(f"the replica's {name.decode()} is {value!r}") from exc
+        # One sample for each engine behind the server: their requests add up.
+        started = samples.get(b"process_start_time_seconds")
+        return EngineStatus(
+            running=_total(samples.get(b"vllm:num_requests_running")),
+            waiting=_total(samples.get(b"vllm:num_requests_waiting")),
+            kv_cache_usage=max(samples.get(b"vllm:kv_cache_usage_perc", [0.0])),
+            started_at=started[0] if started else None,
+        )
+
+    async def features(self) -> Features:
+        status, data = await self._get("/loragate/features")
+        if status == 404:
+            status, data = await self._get("/metrics")
+            return plain_features(data.decode(errors="replace") if status == 200 else "")
+        if status != 200:
+            raise UpstreamError(f"the replica answered {status} to /loragate/features")
+        try:
+            found = msgspec.json.decode(data, type=_Features)
+        except msgspec.DecodeError as exc:
+            raise UpstreamBroke(f"the replica's /loragate/features is not that: {exc}") from exc
+        return Features(
+            prompt_logprobs=found.prompt_logprobs,
+            lora_prompt_logprobs=found.prompt_logprobs_with_lora,
+            lm_head_prompt_logprobs=found.prompt_logprobs_with_lm_head_lora,
+        )
+
     async def close(self) -> None:
         for client in (self._inference, self._loads, self._probes):
             client.close()
+
+    async def _score(self, name: str, row: Sequence[int]) -> list[float]:
+        # A step must sample something; 0 is the fewest alternatives: the prompt's own tokens.
+        asked = {"model": name, "prompt": row, "max_tokens": 1, "prompt_logprobs": 0}
+        body = msgspec.json.encode(asked | {"temperature": 0.0})
+        path = "/v1/completions"
+        message = b"%b%d\r\n\r\n%b" % (self._post_head(path), len(body), body)
+        status, data = await _read(self._loads, message)
+        if status != 200:
+            raise UpstreamError(f"the replica did not score {name}: {complaint(data)}")
+        try:
+            (choice,) = msgspec.json.decode(data, type=_Scored).choices
+            pairs = zip(row[1:], choice.prompt_logprobs[1:], strict=True)
+            return [(ranked or {})[str(token)].logprob for token, ranked in pairs]
+        except (msgspec.DecodeError, ValueError, KeyError) as exc:
+            raise UpstreamBroke(f"the replica's logprobs of {name} are not of its prompt") from exc
 
     async def _ask_load(self, name: str, path: str) -> tuple[int, str]:
         body = msgspec.json.encode({"lora_name": name, "lora_path": path})
@@ -142,6 +227,10 @@ class VllmBackend:
     async def _get(self, path: str) -> tuple[int, bytes]:
         message = b"GET %b HTTP/1.1\r\n%b\r\n" % (path.encode(), self._common)
         return await _read(self._probes, message)
+
+
+def _total(samples: list[float] | None) -> int:
+    return int(sum(sample for sample in samples or () if isfinite(sample)))
 
 
 async def _read(client: Client, message: bytes) -> tuple[int, bytes]:

@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from app.cli import adapters, keys, pools, programs, settings, status
+from app.cli import adapters, keys, pools, probes, programs, settings, status
 from app.cli.terminal import fail
 from app.errors import LoragateError
 
@@ -27,6 +27,7 @@ app.command("serve")(programs.serve)
 app.command("worker")(programs.worker)
 app.command("migrate")(programs.migrate)
 app.command("settings")(settings.show)
+probes.install(adapters.app)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(pools.app, name="pools")
 app.add_typer(pools.replicas, name="replicas")

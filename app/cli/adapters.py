@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import typer
@@ -126,6 +126,10 @@ def alias(
         list[str] | None,
         typer.Argument(help="A version, or a split by weight: 3=90 4=10.", metavar="VERSION..."),
     ] = None,
+    sticky: Annotated[
+        Literal["user", "key", "none"] | None,
+        typer.Option(help="What keeps a client of a split on one version; as it is if left out."),
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the alias instead.")] = False,
 ) -> Any:
     """Point an alias at a version, or split it over several by weight."""
@@ -135,7 +139,8 @@ def alias(
     if delete:
         gateway.delete(path)
         return gateway.get(_one(name))
-    return gateway.put(path, {"targets": [_target(each) for each in versions or ()]})
+    targets = [_target(each) for each in versions or ()]
+    return gateway.put(path, {"targets": targets, "sticky": sticky})
 
 
 @command(app, "rollback", tables.adapter)

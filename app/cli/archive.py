@@ -1,4 +1,4 @@
-"""The weights that `adapters add` sends: two files as a tar stream, or an archive as it is.
+"""The weights that `adapters add` sends: a folder as a tar stream, or an archive as it is.
 
 What comes in: a folder or an archive's path. What goes out: chunks whose sum is known before the
 first is read, so that the gateway can refuse by size. Nothing is packed on disk or in memory.
@@ -14,6 +14,7 @@ from pathlib import Path
 from app.errors import InvalidRequest
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+PROBE_FILE = "probe.json"
 _SUFFIXES = {
     ".tar": "application/x-tar",
     ".tar.gz": "application/gzip",
@@ -48,7 +49,7 @@ class Upload:
 
 
 def upload_of(source: Path) -> Upload:
-    """The upload for a folder with an adapter's two files, or for an archive of them.
+    """The upload for a folder with an adapter's files, or for an archive of them.
 
     Raises:
         InvalidRequest: there is no adapter at `source`.
@@ -71,6 +72,8 @@ def _folder(source: Path) -> Upload:
             f"{source} has no {' and no '.join(missing)}; an adapter folder is what PEFT's "
             "save_pretrained writes"
         )
+    if (source / PROBE_FILE).is_file():
+        paths = (*paths, source / PROBE_FILE)
     sizes = [path.stat().st_size for path in paths]
     blocks = sum(tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE for size in sizes)
     return Upload(paths, True, "application/x-tar", blocks + 2 * tarfile.BLOCKSIZE)

@@ -50,6 +50,11 @@ def add(
     ] = None,
     max_lora_rank: Annotated[int, typer.Option(help="The servers' --max-lora-rank.")] = 64,
     max_loras: Annotated[int, typer.Option(help="The servers' --max-loras.")] = 8,
+    max_cpu_loras: Annotated[
+        int | None, typer.Option(help="The servers' --max-cpu-loras; as --max-loras if left out.")
+    ] = None,
+    max_inflight: Annotated[int, typer.Option(help="Most requests at once for one server.")] = 256,
+    max_queue: Annotated[int, typer.Option(help="Most requests that wait for a server.")] = 1024,
     store_mount: Annotated[
         str | None, typer.Option(help="Where they see the adapter store, if elsewhere.")
     ] = None,
@@ -63,6 +68,9 @@ def add(
         "served_name": served_name,
         "max_lora_rank": max_lora_rank,
         "max_loras": max_loras,
+        "max_cpu_loras": max_cpu_loras,
+        "max_inflight": max_inflight,
+        "max_queue": max_queue,
         "store_mount": store_mount,
         "replicas": [{"url": url, "api_key": server_key} for url in replica or ()],
     }
@@ -83,6 +91,15 @@ def update(
     ] = None,
     max_lora_rank: Annotated[int | None, typer.Option(help="The servers' --max-lora-rank.")] = None,
     max_loras: Annotated[int | None, typer.Option(help="The servers' --max-loras.")] = None,
+    max_cpu_loras: Annotated[
+        int | None, typer.Option(help="The servers' --max-cpu-loras; 0: as --max-loras.")
+    ] = None,
+    max_inflight: Annotated[
+        int | None, typer.Option(help="Most requests at once for one server.")
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Most requests that wait for a server.")
+    ] = None,
     store_mount: Annotated[
         str | None, typer.Option(help="Where they see the adapter store; '' for the same path.")
     ] = None,
@@ -94,8 +111,12 @@ def update(
         "served_name": served_name,
         "max_lora_rank": max_lora_rank,
         "max_loras": max_loras,
+        "max_inflight": max_inflight,
+        "max_queue": max_queue,
     }
     changes = {field: value for field, value in given.items() if value is not None}
+    if max_cpu_loras is not None:
+        changes["max_cpu_loras"] = max_cpu_loras or None
     if store_mount is not None:
         changes["store_mount"] = store_mount or None
     if not changes:

@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+_STICKY = {"user": "sticky by user", "key": "sticky by key", "none": "not sticky"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -92,7 +93,7 @@ def adapter(found: dict[str, Any]) -> RenderableType:
         metadata=_pairs(found["metadata"]),
     )
     versions = table(
-        "model", "rank", "modules", "size", "digest", "source", "created",
+        "model", "rank", "modules", "size", "digest", "source", "probe", "created",
         rows=(
             (
                 each["model"],
@@ -101,6 +102,7 @@ def adapter(found: dict[str, Any]) -> RenderableType:
                 size(each["bytes"]),
                 each["digest"][:12],
                 each["source"],
+                "yes" if each["probed"] else "no",
                 when(each["created_at"]),
             )
             for each in found["versions"]
@@ -119,6 +121,7 @@ def version(found: dict[str, Any]) -> RenderableType:
         size=size(found["bytes"]),
         digest=found["digest"],
         source=found["source"],
+        probe="yes" if found["probed"] else "no",
         created=when(found["created_at"]),
         metadata=_pairs(found["metadata"]),
     )
@@ -126,7 +129,8 @@ def version(found: dict[str, Any]) -> RenderableType:
 
 def pools(found: dict[str, Any]) -> RenderableType:
     return table(
-        "name", "base model", "served as", "max rank", "max loras", "replicas",
+        "name", "base model", "served as", "max rank", "max loras", "in memory", "in flight",
+        "queue", "replicas",
         rows=(
             (
                 each["name"],
@@ -134,6 +138,9 @@ def pools(found: dict[str, Any]) -> RenderableType:
                 each["served_name"],
                 each["max_lora_rank"],
                 each["max_loras"],
+                each["max_cpu_loras"] or each["max_loras"],
+                each["max_inflight"],
+                each["max_queue"],
                 len(each["replicas"]),
             )
             for each in found["data"]
@@ -233,7 +240,11 @@ def models(found: dict[str, Any]) -> RenderableType:
 
 
 def _aliases(adapter: dict[str, Any]) -> str:
-    return ", ".join(f"{name} → {targets(split)}" for name, split in adapter["aliases"].items())
+    return ", ".join(
+        f"{name} → {targets(split)}" + (f" ({_STICKY[kind]})" if len(split) > 1 else "")
+        for name, split in adapter["aliases"].items()
+        for kind in [adapter["sticky"][name]]
+    )
 
 
 def _pairs(values: dict[str, Any] | None) -> str:

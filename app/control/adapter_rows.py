@@ -47,5 +47,13 @@ async def get_version(session: AsyncSession, row: AdapterRow, number: int) -> Ve
     return found
 
 
+async def is_probed(session: AsyncSession, version: VersionRow) -> bool:
+    """Whether the version has a probe, without reading it."""
+    found = await session.scalar(
+        select(VersionRow.probe.is_not(None)).where(VersionRow.id == version.id)
+    )
+    return bool(found)
+
+
 async def view(session: AsyncSession, row: AdapterRow) -> AdapterView:
     return (await adapter_views(session, [row]))[0]

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
 from app.control import adapter_rows as rows
+from app.control import probes
 from app.control.aliases import check_alias, delete_alias, move, rollback, set_alias
 from app.control.inspect_adapter import AdapterFacts
 from app.control.views import (
@@ -31,7 +32,7 @@ from app.control.views import (
 )
 from app.db.engine import touch
 from app.db.tables import AdapterRow, AliasMoveRow, AliasRow, BaseModelRow, PoolRow, VersionRow
-from app.domain import ADAPTER_NAME, ADAPTER_NAME_MAX, LATEST
+from app.domain import ADAPTER_NAME, ADAPTER_NAME_MAX, LATEST, Probe
 from app.errors import Conflict, InvalidRequest, NotFound
 
 __all__ = [
@@ -66,14 +67,15 @@ async def register(
     source: str,
     alias: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    probe: Probe | None = None,
     create: bool | None = None,
 ) -> Registered:
     """Add checked, stored weights as the next version of `name`, and move `latest` to it.
 
     `create`: True wants a new adapter (else Conflict), False an existing one (else NotFound),
-    None takes either. The same weights as the newest version answer that version, unchanged;
-    `alias` is set to the version in both cases. `metadata` goes to the adapter when it is made,
-    to the version otherwise.
+    None takes either. The same weights as the newest version answer that version, unchanged but
+    for a `probe` that comes with them; `alias` is set to the version in both cases. `metadata`
+    goes to the adapter when it is made, to the version otherwise.
     """
     check_name(name)
     check_metadata(metadata)
@@ -108,15 +110,19 @@ async def register(
             source=source[:2048],
             details={} if made else dict(metadata or {}),
             created_at=clock.now(),
+            targets_lm_head=facts.targets_lm_head,
         )
         session.add(version)
         await move(session, clock, row, LATEST, ((version.number, 1),))
     if alias is not None and alias != LATEST:
         check_alias(alias)
         await move(session, clock, row, alias, ((version.number, 1),))
-    if created or alias is not None:
+    if probe is not None:
+        version.probe = probes.stored(probe)
+    if created or alias is not None or probe is not None:
         await touch(session, row)
-    return Registered(await rows.view(session, row), version_view(name, version), created)
+    probed = await rows.is_probed(session, version)
+    return Registered(await rows.view(session, row), version_view(name, version, probed), created)
 
 
 async def list_(
@@ -151,8 +157,8 @@ async def show(session: AsyncSession, name: str) -> AdapterView:
 
 async def show_version(session: AsyncSession, name: str, number: int) -> VersionView:
     """One live version, or NotFound."""
-    row = await rows.get(session, name)
-    return version_view(name, await rows.get_version(session, row, number))
+    version = await rows.get_version(session, await rows.get(session, name), number)
+    return version_view(name, version, await rows.is_probed(session, version))
 
 
 async def delete(session: AsyncSession, clock: Clock, name: str) -> None:
@@ -163,7 +169,7 @@ async def delete(session: AsyncSession, clock: Clock, name: str) -> None:
     await session.execute(
         update(VersionRow)
         .where(VersionRow.adapter_id == row.id, VersionRow.deleted_at.is_(None))
-        .values(deleted_at=now)
+        .values(deleted_at=now, probe=None)
     )
     for table in (AliasMoveRow, AliasRow):
         await session.execute(sql_delete(table).where(table.adapter_id == row.id))
@@ -184,7 +190,7 @@ async def delete_version(
             f"{adapter}@{number} is what {_quoted(holders)} points at: move it first.",
             param="number",
         )
-    version.deleted_at = clock.now()
+    version.deleted_at, version.probe = clock.now(), None
     await session.flush()
     newest = await rows.newest(session, row)
     if newest is None:

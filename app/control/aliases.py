@@ -17,7 +17,7 @@ from app.control import adapter_rows as rows
 from app.control.views import AdapterView, Targets
 from app.db.engine import touch
 from app.db.tables import AdapterRow, AliasMoveRow, AliasRow, VersionRow
-from app.domain import ALIAS_NAME, ALIAS_NAME_MAX, LATEST
+from app.domain import ALIAS_NAME, ALIAS_NAME_MAX, LATEST, Sticky
 from app.errors import Conflict, InvalidRequest, NotFound
 
 MAX_TARGETS = 100
@@ -31,17 +31,19 @@ async def set_alias(
     adapter: str,
     alias: str,
     targets: Sequence[tuple[int, int]],
+    sticky: Sticky | None = None,
 ) -> AdapterView:
     """Point `alias` at (version number, weight) pairs, keeping where it pointed for `rollback`.
 
-    `latest` may be moved too, to one version; the next registration moves it on.
+    `latest` may be moved too, to one version; the next registration moves it on. `sticky` None
+    leaves it as it is, which is `user` for a new alias; a rollback does not change it.
     """
     check_alias(alias)
     wanted = _checked_targets(alias, targets)
     row = await rows.get(session, adapter, lock=True)
     for number, _ in wanted:
         await rows.get_version(session, row, number)
-    await move(session, clock, row, alias, wanted)
+    await move(session, clock, row, alias, wanted, sticky)
     await touch(session, row)
     return await rows.view(session, row)
 
@@ -91,12 +93,18 @@ async def rollback(session: AsyncSession, *, adapter: str, alias: str = LATEST) 
 
 
 async def move(
-    session: AsyncSession, clock: Clock, row: AdapterRow, alias: str, targets: Targets
+    session: AsyncSession,
+    clock: Clock,
+    row: AdapterRow,
+    alias: str,
+    targets: Targets,
+    sticky: Sticky | None = None,
 ) -> None:
     wanted = [list(target) for target in targets]
     current = await session.get(AliasRow, (row.id, alias))
     if current is None:
-        session.add(AliasRow(adapter_id=row.id, name=alias, targets=wanted))
+        current = AliasRow(adapter_id=row.id, name=alias, targets=wanted, sticky=Sticky.USER)
+        session.add(current)
     elif current.targets != wanted:
         session.add(
             AliasMoveRow(
@@ -104,6 +112,8 @@ async def move(
             )
         )
         current.targets = wanted
+    if sticky is not None:
+        current.sticky = sticky
     await session.flush()
 
 

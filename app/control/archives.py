@@ -1,8 +1,9 @@
-"""Takes an adapter's two files out of an archive someone sent, and nothing else.
+"""Takes an adapter's two files out of an archive someone sent, a probe, and nothing else.
 
 What comes in: a tar, tar.gz or zip file, and an empty folder. What goes out: adapter_config.json
-and adapter_model.safetensors in that folder, or `AdapterRejected`. Every name in the archive is
-checked, the unwanted members' too; only the two files are written, under names of our own.
+and adapter_model.safetensors in that folder, and probe.json if there is one beside them; or
+`AdapterRejected`. Every name in the archive is checked, the unwanted members' too; only these
+files are written, under names of our own.
 
 Sizes are counted while inflating: what an archive's headers say of them is not believed. Blocking:
 run in a thread.
@@ -26,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
+from app.control.inspect_probe import PROBE_FILE
 from app.control.interruptible import Check
 from app.control.strict_json import shown
 from app.db.blobs import FILES
@@ -42,6 +44,8 @@ _CHUNK = 1 << 16
 #: be; no single read may be longer than this.
 _TAR_READ, _ZIP_READ = 1 << 16, 1 << 20
 
+_WANTED = (*FILES, PROBE_FILE)
+
 #: What `torch.load` and its like would run code from.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
@@ -53,7 +57,7 @@ class _Readable(Protocol):
 def unpack(
     archive: IO[bytes], media_type: str, folder: Path, *, max_bytes: int, check: Check
 ) -> None:
-    """Write the adapter's two files into `folder`.
+    """Write the adapter's files into `folder`.
 
     `max_bytes` bounds what the archive may inflate to. `check` is called before each piece of
     work and may raise, to stop.
@@ -135,7 +139,7 @@ def _take(members: Iterator[_Member], folder: Path, budget: _Budget) -> None:
         if len(names) > MAX_MEMBERS:
             raise _refused("members", f"over {MAX_MEMBERS}", f"at most {MAX_MEMBERS}")
         inside, _, last = name.rpartition("/")
-        if member.kind != "file" or last not in FILES or "/" in inside:
+        if member.kind != "file" or last not in _WANTED or "/" in inside:
             continue
         if last in found:
             raise _refused(last, f"{found[last] or '.'} and {inside or '.'}", "in one place")
@@ -151,7 +155,7 @@ def _take(members: Iterator[_Member], folder: Path, budget: _Budget) -> None:
             ]
         )
     if len(set(found.values())) > 1:
-        raise _refused("folders", sorted(found.values()), "both files in one")
+        raise _refused("folders", sorted(set(found.values())), "all files in one")
 
 
 def _checked_name(member: _Member, names: set[str]) -> str:

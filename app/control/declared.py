@@ -66,6 +66,9 @@ async def _declare_pool(session: AsyncSession, clock: Clock, wanted: PoolSetting
         "max_lora_rank": wanted.max_lora_rank,
         "max_loras": wanted.max_loras,
         "store_mount": wanted.store_mount,
+        "max_cpu_loras": wanted.max_cpu_loras,
+        "max_inflight": wanted.max_inflight,
+        "max_queue": wanted.max_queue,
     }
     row = await session.get(PoolRow, wanted.name)
     if row is None:

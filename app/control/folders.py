@@ -1,4 +1,4 @@
-"""Copies an adapter's two files from a folder on this machine.
+"""Copies an adapter's two files, and a probe beside them, from a folder on this machine.
 
 What comes in: a path someone asked for and the folders they may ask for. What goes out: copies.
 The path is resolved first and then walked from its allowed root without following any link, so a
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from app.control.inspect_probe import PROBE_FILE
 from app.control.interruptible import Check
 from app.control.strict_json import shown
 from app.db.blobs import FILES, WEIGHTS_FILE
@@ -27,7 +28,7 @@ _CHUNK = 1 << 20
 def copy_adapter(
     path: Path, roots: Sequence[Path], into: Path, *, max_bytes: int, check: Check
 ) -> None:
-    """Copy the two files of the folder `path`, which must lie under one of `roots`.
+    """Copy the files of the folder `path`, which must lie under one of `roots`.
 
     Raises:
         InvalidRequest: the path is not one that may be asked for.
@@ -42,7 +43,8 @@ def copy_adapter(
             raise NotFound(f"There is no folder {shown(str(path))}.", param=PARAM)
         _check_present(folder)
         left = max_bytes
-        for name in FILES:
+        probe = (PROBE_FILE,) if (folder / PROBE_FILE).exists() else ()
+        for name in (*FILES, *probe):
             real = _resolved(path, folder / name, allowed)
             with _opened(real, allowed) as source:
                 left = _copy(source, into / name, left, max_bytes, check)

@@ -1,8 +1,8 @@
-"""Fetches an adapter's two files from a Hugging Face endpoint.
+"""Fetches an adapter's two files, and a probe if it has one, from a Hugging Face endpoint.
 
 What comes in: a repository id and a revision. What goes out: the files, and the commit they are
 from. Speaks the two routes this takes (the revision's info, a file's content) by itself, because
-that way the size is limited while bytes arrive, nothing but the two files is asked for, and a
+that way the size is limited while bytes arrive, nothing but these files is asked for, and a
 cancelled registration ends the transfer.
 """
 
@@ -12,11 +12,12 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
 
+from app.control.inspect_probe import PROBE_FILE
 from app.control.strict_json import shown
 from app.db.blobs import FILES
 from app.errors import (
@@ -40,7 +41,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 
 async def fetch_adapter(repo: str, revision: str | None, into: Path, settings: Settings) -> str:
-    """Put the two files into `into`; the answer is the commit they are from.
+    """Put the files into `into`; the answer is the commit they are from.
 
     Raises:
         InvalidRequest: that is no repository id, or no revision.
@@ -57,9 +58,15 @@ async def fetch_adapter(repo: str, revision: str | None, into: Path, settings: S
     async with hub.opened():
         commit = await hub.commit_of(revision)
         left = settings.max_adapter_bytes
+        with suppress(_Absent):
+            left = await hub.download(PROBE_FILE, commit, into / PROBE_FILE, left)
         for name in FILES:
             left = await hub.download(name, commit, into / name, left)
     return commit
+
+
+class _Absent(AdapterRejected):
+    """The repository has no such file."""
 
 
 class _Hub:
@@ -111,7 +118,7 @@ class _Hub:
     async def download(self, name: str, commit: str, to: Path, left: int) -> int:
         """Write one file; the answer is how many bytes the rest may have."""
         url = f"{self._endpoint}/{self._repo}/resolve/{commit}/{name}"
-        missing = AdapterRejected([Fault(name, "missing", f"a file of {self._repo}")])
+        missing = _Absent([Fault(name, "missing", f"a file of {self._repo}")])
         declared: str | None = None
         received = 0
         async with self._get(url, missing) as response:

@@ -43,6 +43,10 @@ class AdapterFacts:
     tensors: int
     bytes: int
 
+    @property
+    def targets_lm_head(self) -> bool:
+        return "lm_head" in self.target_modules
+
 
 def inspect(
     config_raw: bytes, weights: BinaryIO, weights_bytes: int, *, base: BaseModel, pool: Pool

@@ -25,10 +25,16 @@ from app.control.inspect_adapter import (
     is_base,
     named_base,
 )
+from app.control.inspect_probe import (
+    MAX_PROBE_BYTES,
+    PROBE_FILE,
+    read_probe,
+    vocab_size_of,
+)
 from app.control.interruptible import Check, in_thread
 from app.control.strict_json import shown
 from app.db.blobs import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
-from app.domain import BaseModel, Pool
+from app.domain import BaseModel, Pool, Probe
 from app.errors import AdapterRejected, BodyTooLarge, Fault, InvalidRequest
 from app.settings import Settings
 
@@ -39,7 +45,7 @@ class Source(Protocol):
     """A place weights come from."""
 
     async def fetch(self, folder: Path, settings: Settings) -> str:
-        """Put the adapter's two files into `folder`; the answer says where they are from."""
+        """Put the adapter's files into `folder`; the answer says where they are from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +125,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """Weights in the store: their digest, what they are, whence, and the base they fit."""
+    """Weights in the store: their digest, what they are, whence, and the base they fit.
+
+    `probe` came beside them. It is no part of the digest and not in the store.
+    """
 
     digest: str
     facts: AdapterFacts
     base_model: str
     source: str
+    probe: Probe | None
 
 
 async def admit(
@@ -138,8 +148,9 @@ async def admit(
     with store.staging() as folder:
         whence = await source.fetch(folder, settings)
         chosen, facts = await in_thread(partial(_inspect, folder, candidates))
+        probe = await in_thread(lambda _: _probe_in(folder, chosen.base))
         digest = await in_thread(lambda _: store.commit(folder))
-    return Admitted(digest, facts, chosen.base.name, whence)
+    return Admitted(digest, facts, chosen.base.name, whence, probe)
 
 
 def _inspect(
@@ -156,6 +167,17 @@ def _inspect(
     with weights.open("rb") as file:
         facts = inspect(raw, file, weights.stat().st_size, base=chosen.base, pool=chosen.pool)
     return chosen, facts
+
+
+def _probe_in(folder: Path, base: BaseModel) -> Probe | None:
+    path = folder / PROBE_FILE
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    if size > MAX_PROBE_BYTES:
+        allowed = f"at most {MAX_PROBE_BYTES} bytes"
+        raise AdapterRejected([Fault(PROBE_FILE, f"{size} bytes", allowed)])
+    return read_probe(path.read_bytes(), vocab_size_of(base.config))
 
 
 def _choose(config_raw: bytes, candidates: Sequence[Candidate]) -> Candidate:

@@ -25,6 +25,8 @@ from app.errors import Conflict, InvalidRequest, NotFound
 BASE_NAME_MAX = 256
 MAX_RANK = 1024
 MAX_LORAS = 100_000
+MAX_INFLIGHT = 100_000
+MAX_QUEUE = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,9 @@ async def create(
     max_lora_rank: int = 64,
     max_loras: int = 8,
     store_mount: str | None = None,
+    max_cpu_loras: int | None = None,
+    max_inflight: int = 256,
+    max_queue: int = 1024,
     declared: bool = False,
 ) -> PoolView:
     """Add a pool for `base`. A base has one pool, so Conflict when it has one already."""
@@ -103,16 +108,20 @@ async def create(
         max_lora_rank=_within("max_lora_rank", max_lora_rank, MAX_RANK),
         max_loras=_within("max_loras", max_loras, MAX_LORAS),
         store_mount=_checked_mount(store_mount),
+        max_cpu_loras=_checked_cpu_loras(max_cpu_loras),
+        max_inflight=_within("max_inflight", max_inflight, MAX_INFLIGHT),
+        max_queue=_within("max_queue", max_queue, MAX_QUEUE, least=0),
         declared=declared,
         created_at=clock.now(),
     )
+    _check_slots(row)
     session.add(row)
     await touch(session)
     return await _view(session, row)
 
 
 async def update(session: AsyncSession, name: str, **changes: Any) -> PoolView:
-    """Change `served_name`, `max_lora_rank`, `max_loras` or `store_mount`; the base stays.
+    """Change what a pool accepts, field by field; its name and its base stay.
 
     A lower `max_lora_rank` does not look back at adapters registered under the higher one.
     """
@@ -122,11 +131,15 @@ async def update(session: AsyncSession, name: str, **changes: Any) -> PoolView:
         "max_lora_rank": lambda value: _within("max_lora_rank", value, MAX_RANK),
         "max_loras": lambda value: _within("max_loras", value, MAX_LORAS),
         "store_mount": _checked_mount,
+        "max_cpu_loras": _checked_cpu_loras,
+        "max_inflight": lambda value: _within("max_inflight", value, MAX_INFLIGHT),
+        "max_queue": lambda value: _within("max_queue", value, MAX_QUEUE, least=0),
     }
     for field, value in changes.items():
         if field not in checks:
             raise InvalidRequest(f"A pool's {field} cannot be changed.", param=field)
         setattr(row, field, checks[field](value))
+    _check_slots(row)
     await touch(session)
     return await _view(session, row)
 
@@ -254,6 +267,9 @@ def pool_of(row: PoolRow) -> Pool:
         max_lora_rank=row.max_lora_rank,
         max_loras=row.max_loras,
         store_mount=row.store_mount,
+        max_cpu_loras=row.max_cpu_loras,
+        max_inflight=row.max_inflight,
+        max_queue=row.max_queue,
     )
 
 
@@ -304,10 +320,24 @@ def _replica_view(row: ReplicaRow) -> ReplicaView:
     return ReplicaView(replica_of(row), row.declared, row.created_at)
 
 
-def _within(field: str, value: int, most: int) -> int:
-    if not 1 <= value <= most:
-        raise InvalidRequest(f"{field} is 1 to {most}, not {value}.", param=field)
+def _within(field: str, value: int, most: int, *, least: int = 1) -> int:
+    if not least <= value <= most:
+        raise InvalidRequest(f"{field} is {least} to {most}, not {value}.", param=field)
     return value
+
+
+def _checked_cpu_loras(value: int | None) -> int | None:
+    return None if value is None else _within("max_cpu_loras", value, MAX_LORAS)
+
+
+def _check_slots(row: PoolRow) -> None:
+    """vLLM does not start with fewer adapters in memory than in one step."""
+    if row.max_cpu_loras is not None and row.max_cpu_loras < row.max_loras:
+        raise InvalidRequest(
+            f"max_cpu_loras is at least max_loras, {row.max_loras}, not {row.max_cpu_loras}; "
+            "leave it out to keep as many in memory as in one step.",
+            param="max_cpu_loras",
+        )
 
 
 def _checked_served_name(value: str) -> str:

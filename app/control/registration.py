@@ -124,5 +124,6 @@ async def _write(rooms: Rooms, request: Registration, admitted: Admitted) -> Reg
             source=admitted.source,
             alias=request.alias,
             metadata=request.metadata,
+            probe=admitted.probe,
             create=request.create,
         )

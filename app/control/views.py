@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db.tables import AdapterRow, AliasRow, VersionRow
-from app.domain import LATEST
+from app.domain import LATEST, Sticky
 
 Targets = tuple[tuple[int, int], ...]
 T = TypeVar("T")
@@ -36,6 +36,8 @@ class VersionView:
     source: str
     created_at: datetime
     metadata: Mapping[str, Any]
+    targets_lm_head: bool
+    probed: bool
 
     @property
     def model(self) -> str:
@@ -44,7 +46,10 @@ class VersionView:
 
 @dataclass(frozen=True, slots=True)
 class AdapterView:
-    """An adapter with its live versions, lowest number first, and its aliases."""
+    """An adapter with its live versions, lowest number first, and its aliases.
+
+    `aliases` says where each points, `sticky` what keeps a client of it on one version.
+    """
 
     name: str
     base_model: str
@@ -53,6 +58,7 @@ class AdapterView:
     metadata: Mapping[str, Any]
     versions: tuple[VersionView, ...]
     aliases: Mapping[str, Targets]
+    sticky: Mapping[str, Sticky]
 
     @property
     def latest(self) -> int | None:
@@ -85,7 +91,7 @@ def as_targets(stored: Sequence[Sequence[int]]) -> Targets:
     return tuple((int(number), int(weight)) for number, weight in stored)
 
 
-def version_view(adapter: str, row: VersionRow) -> VersionView:
+def version_view(adapter: str, row: VersionRow, probed: bool) -> VersionView:
     return VersionView(
         adapter=adapter,
         number=row.number,
@@ -97,23 +103,31 @@ def version_view(adapter: str, row: VersionRow) -> VersionView:
         source=row.source,
         created_at=row.created_at,
         metadata=row.details,
+        targets_lm_head=row.targets_lm_head,
+        probed=probed,
     )
 
 
 async def adapter_views(session: AsyncSession, rows: Sequence[AdapterRow]) -> list[AdapterView]:
     """The views of these adapters, in this order, with two queries for all of them."""
     ids = [row.id for row in rows]
-    versions: dict[int, list[VersionRow]] = defaultdict(list)
+    names = {row.id: row.name for row in rows}
+    versions: dict[int, list[VersionView]] = defaultdict(list)
     aliases: dict[int, dict[str, Targets]] = defaultdict(dict)
+    sticky: dict[int, dict[str, Sticky]] = defaultdict(dict)
     live = VersionRow.adapter_id.in_(ids), VersionRow.deleted_at.is_(None)
-    for version in await session.scalars(
-        select(VersionRow).where(*live).order_by(VersionRow.adapter_id, VersionRow.number)
+    for version, probed in await session.execute(
+        select(VersionRow, VersionRow.probe.is_not(None))
+        .where(*live)
+        .order_by(VersionRow.adapter_id, VersionRow.number)
     ):
-        versions[version.adapter_id].append(version)
+        owner = version.adapter_id
+        versions[owner].append(version_view(names[owner], version, probed))
     for alias in await session.scalars(
         select(AliasRow).where(AliasRow.adapter_id.in_(ids)).order_by(AliasRow.name)
     ):
         aliases[alias.adapter_id][alias.name] = as_targets(alias.targets)
+        sticky[alias.adapter_id][alias.name] = Sticky(alias.sticky)
     return [
         AdapterView(
             name=row.name,
@@ -121,8 +135,9 @@ async def adapter_views(session: AsyncSession, rows: Sequence[AdapterRow]) -> li
             pool=row.pool,
             created_at=row.created_at,
             metadata=row.details,
-            versions=tuple(version_view(row.name, version) for version in versions[row.id]),
+            versions=tuple(versions[row.id]),
             aliases=aliases[row.id],
+            sticky=sticky[row.id],
         )
         for row in rows
     ]

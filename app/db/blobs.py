@@ -62,9 +62,7 @@ class AdapterStore:
 
         When this returns they survive a power failure. Identical files are kept once.
         """
-        digest = hashlib.sha256(
-            json.dumps([[name, _sha256(staged / name)] for name in sorted(FILES)]).encode()
-        ).hexdigest()
+        digest = digest_of(staged)
         target = self.path(digest)
         if self._renew(target):
             _fsync(target.parent)  # whoever put them there may not have come to it yet
@@ -150,6 +148,12 @@ class AdapterStore:
         except FileNotFoundError:
             return False
         return self._clock.now().timestamp() - changed >= older_than_s
+
+
+def digest_of(folder: Path) -> str:
+    """What the folder's adapter is called in a store: made of its two files, and no others."""
+    files = [[name, _sha256(folder / name)] for name in sorted(FILES)]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from sqlalchemy import (
     MetaData,
     String,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -100,6 +101,9 @@ class PoolRow(Row):
     store_mount: Mapped[str | None] = mapped_column(String(1024))
     declared: Mapped[bool]
     created_at: Mapped[datetime]
+    max_cpu_loras: Mapped[int | None]
+    max_inflight: Mapped[int] = mapped_column(server_default="256")
+    max_queue: Mapped[int] = mapped_column(server_default="1024")
 
 
 class ReplicaRow(Row):
@@ -136,7 +140,11 @@ class AdapterRow(Row):
 
 
 class VersionRow(Row):
-    """Immutable weights. `released_at`: deleted, and no replica holds it any more."""
+    """Immutable weights. `released_at`: deleted, and no replica holds it any more.
+
+    `probe` is read only where it is asked for by name: it may be long, and a list of versions
+    needs to know no more than whether there is one.
+    """
 
     __tablename__ = "adapter_versions"
     __table_args__ = (
@@ -159,6 +167,8 @@ class VersionRow(Row):
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
     released_at: Mapped[datetime | None]
+    targets_lm_head: Mapped[bool] = mapped_column(server_default=false())
+    probe: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
 
 
 class AliasRow(Row):
@@ -169,6 +179,7 @@ class AliasRow(Row):
     adapter_id: Mapped[int] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     targets: Mapped[list[Any]]
+    sticky: Mapped[str] = mapped_column(String(16), server_default="user")
 
 
 class AliasMoveRow(Row):

@@ -1,118 +1,27 @@
-"""The live side of the replicas: state, requests in flight, adapters they hold.
+"""Every live replica: follows the registry, probes health, and says where a request may go.
 
-What comes in: snapshots, probes and claims. What goes out: candidates to pick from. Lives on the
-event loop only, so claims and counters need no lock. Knows no SQL and no dialect.
+What comes in: snapshots and health probes. What goes out: pools to pick from, and adapters loaded
+where they are needed. Lives on the event loop only, so it needs no lock. Knows no SQL, no dialect.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-from itertools import count
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from app.backends.base import Backend
 from app.clock import Clock
-from app.domain import AdapterVersion, Pool, Replica, ReplicaState
-from app.errors import AdapterLoadFailed, LoragateError, UpstreamBroke, UpstreamError
+from app.domain import AdapterVersion, Replica, ReplicaState, Route
+from app.errors import LoragateError, UpstreamError
+from app.serving.loads import FindProbe, Loads, no_probe
+from app.serving.pool import LivePool
+from app.serving.replica import LiveReplica
 from app.serving.snapshot import Snapshot
 from app.telemetry import Event, log
 
 logger = logging.getLogger(__name__)
-
-#: How long a refused load is remembered, so that clients' retries do not stall the replica.
-REFUSAL_S = 10.0
-#: Numbers the claims of all replicas, to tell which one was left alone the longest.
-_claims = count(1)
-
-
-class LiveReplica:
-    """One replica as the data plane knows it now.
-
-    `resident` maps the upstream names of adapters believed to be loaded to their paths; an engine
-    restart empties it, found by a health probe or by a 404.
-    """
-
-    def __init__(self, replica: Replica, backend: Backend) -> None:
-        self.replica = replica
-        self.backend = backend
-        self.state = ReplicaState.ADDING
-        self.inflight = 0
-        self.last_claim = 0
-        self.resident: dict[str, str] = {}
-        self.inflight_by_name: dict[str, int] = {}
-        self.loads: dict[str, asyncio.Future[None]] = {}
-        self.refused: dict[tuple[str, str], tuple[float, str]] = {}
-
-    @property
-    def id(self) -> str:
-        return self.replica.id
-
-    @property
-    def pool(self) -> str:
-        return self.replica.pool
-
-    @property
-    def url(self) -> str:
-        return self.replica.url
-
-    @property
-    def available(self) -> bool:
-        """Takes new requests."""
-        return (
-            self.state is ReplicaState.HEALTHY
-            and not self.replica.cordoned
-            and not self.replica.draining
-        )
-
-    def holds(self, upstream_name: str, digest: str) -> bool:
-        """Whether it is believed to serve this version, from these very files.
-
-        The digest is the last part of the path: an engine may still have another registry's
-        adapter under the same name.
-        """
-        path = self.resident.get(upstream_name)
-        return path is not None and path.endswith(digest)
-
-    def claim(self, upstream_name: str) -> None:
-        """Take a slot; every claim has one `release`."""
-        self.inflight += 1
-        self.last_claim = next(_claims)
-        self.inflight_by_name[upstream_name] = self.inflight_by_name.get(upstream_name, 0) + 1
-
-    def release(self, upstream_name: str) -> None:
-        self.inflight -= 1
-        left = self.inflight_by_name[upstream_name] - 1
-        if left:
-            self.inflight_by_name[upstream_name] = left
-        else:
-            del self.inflight_by_name[upstream_name]
-
-    def turned(self, state: ReplicaState, reason: str) -> None:
-        """Note a change of state, if it is one: a replica that departed stays so."""
-        if state is not self.state and self.state is not ReplicaState.DRAINING:
-            log(
-                logger,
-                logging.INFO if state is ReplicaState.HEALTHY else logging.WARNING,
-                Event.REPLICA_STATE,
-                replica=self.id,
-                pool=self.pool,
-                was=self.state.value,
-                now=state.value,
-                reason=reason,
-            )
-            self.state = state
-
-    async def list_adapters(self) -> dict[str, str]:
-        """What the engine itself says it has: name -> path."""
-        return await self.backend.list_adapters()
-
-    async def unload(self, upstream_name: str) -> None:
-        """Make the engine forget an adapter."""
-        self.resident.pop(upstream_name, None)
-        await self.backend.unload_adapter(upstream_name)
-        log(logger, logging.INFO, Event.ADAPTER_UNLOADED, replica=self.id, adapter=upstream_name)
 
 
 class Fleet:
@@ -122,6 +31,7 @@ class Fleet:
         connect: makes the backend of a replica.
         store_path: folder of a digest in the gateway's adapter store.
         store_root: the store itself, to translate for pools that mount it elsewhere.
+        find_probe: finds what proves a version's weights.
 
     `on_change` is called when a probe should not wait for its period.
     """
@@ -133,29 +43,25 @@ class Fleet:
         clock: Clock,
         store_root: Path,
         store_path: Callable[[str], Path],
+        find_probe: FindProbe = no_probe,
     ) -> None:
+        self.pools: dict[str, LivePool] = {}
+        self.loads = Loads(
+            clock, store_root=store_root, store_path=store_path, find_probe=find_probe
+        )
+        self.retries: dict[tuple[str, str], int] = {}
+        self.on_change: Callable[[], None] = lambda: None
         self._connect = connect
         self._clock = clock
-        self._store_root = store_root
-        self._store_path = store_path
         self._replicas: dict[str, LiveReplica] = {}
-        self._by_pool: dict[str, list[LiveReplica]] = {}
-        self._pools: dict[str, Pool] = {}
-        self._paths: dict[tuple[str, str], str] = {}
-        self._tasks = asyncio.TaskGroup()
-        self._loading: set[asyncio.Task[None]] = set()
         self._departing: set[LiveReplica] = set()
-        self.loads: dict[tuple[str, str], int] = {}
-        self.on_change: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Fleet:
-        await self._tasks.__aenter__()
+        await self.loads.__aenter__()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in self._loading:
-            task.cancel()
-        await self._tasks.__aexit__(None, None, None)
+        await self.loads.__aexit__(*exc)
         for replica in [*self._replicas.values(), *self._departing]:
             await replica.backend.close()
 
@@ -164,40 +70,67 @@ class Fleet:
 
     def candidates(self, pool: str) -> Iterable[LiveReplica]:
         """The replicas of a pool, whatever their state."""
-        return self._by_pool.get(pool, ())
+        return self.pools[pool].replicas if pool in self.pools else ()
 
     def inflight(self, upstream_name: str) -> int:
-        """Requests for a version running anywhere."""
+        """Requests for a version running or waiting anywhere."""
         everywhere = [*self._replicas.values(), *self._departing]
-        return sum(replica.inflight_by_name.get(upstream_name, 0) for replica in everywhere)
+        return sum(r.busy.get(upstream_name, 0) + r.line.of(upstream_name) for r in everywhere)
+
+    def spread(self, route: Route, wanted: int) -> Sequence[LiveReplica]:
+        """The replicas that should share a batch, best first, `wanted` at most.
+
+        Those that hold the adapter, the least loaded first; then, since a large batch is worth a
+        load, those it would live on next.
+        """
+        pool = self.pools.get(route.pool)
+        if pool is None:
+            return ()
+        now = self._clock.monotonic()
+        name = route.upstream_name
+        here = pool.replicas if route.version is None else pool.candidates(name, now)
+        usable = sorted((r for r in here if r.allows(now)), key=lambda r: r.load(now))[:wanted]
+        while len(usable) < wanted and (more := pool.next_best(name, now, usable)) is not None:
+            usable.append(more)
+        return usable
 
     async def sync(self, snapshot: Snapshot) -> None:
         """Follow the registry: replicas that came, changed or went."""
-        if self._pools != snapshot.pools:
-            self._pools = dict(snapshot.pools)
-            self._paths.clear()
+        self.loads.follow(snapshot.pools)
+        now = self._clock.monotonic()
+        for name, config in snapshot.pools.items():
+            if name in self.pools:
+                self.pools[name].configure(config)
+            else:
+                self.pools[name] = LivePool(config, now)
         known = self._replicas
         for gone in known.keys() - snapshot.replicas.keys():
             self._depart(known.pop(gone))
         for replica in snapshot.replicas.values():
-            live = known.get(replica.id)
-            if live is None or (live.replica.url, live.replica.api_key) != (
-                replica.url,
-                replica.api_key,
-            ):
-                if live is not None:
-                    self._depart(live)
-                known[replica.id] = LiveReplica(replica, self._connect(replica))
-                self.on_change()
-            else:
-                live.replica = replica
-        by_pool: dict[str, list[LiveReplica]] = {}
+            self._follow(replica)
+        by_pool: dict[str, list[LiveReplica]] = {name: [] for name in snapshot.pools}
         for live in known.values():
-            by_pool.setdefault(live.pool, []).append(live)
-        self._by_pool = by_pool
+            by_pool[live.pool].append(live)
+        for name, replicas in by_pool.items():
+            if self.pools[name].replicas != replicas:
+                self.pools[name].consists_of(replicas)
+        for name in self.pools.keys() - snapshot.pools.keys():
+            del self.pools[name]
         for live in [gone for gone in self._departing if not gone.inflight]:
             self._departing.discard(live)
             await live.backend.close()
+
+    def _follow(self, replica: Replica) -> None:
+        live = self._replicas.get(replica.id)
+        if live is not None and _same_server(live.replica, replica):
+            live.follow(replica)
+            return
+        if live is not None:
+            self._depart(live)
+        backend = self._connect(replica)
+        pool = self.pools[replica.pool]
+        self._replicas[replica.id] = LiveReplica(replica, backend, pool, self._clock)
+        self.on_change()
 
     def _depart(self, replica: LiveReplica) -> None:
         replica.turned(ReplicaState.DRAINING, "removed from the registry")
@@ -214,105 +147,41 @@ class Fleet:
         if not await replica.backend.healthy():
             replica.turned(ReplicaState.UNHEALTHY, "the health probe failed")
             return
-        if replica.state is ReplicaState.HEALTHY:
-            return
         try:
-            replica.resident = await replica.backend.list_adapters()
+            before = replica.status
+            status = await replica.backend.status()
+            restarted = before is not None and before.started_at != status.started_at
+            if replica.state is not ReplicaState.HEALTHY or restarted:
+                replica.features = await replica.backend.features()
+                replica.restarted(await replica.backend.list_adapters())
         except UpstreamError as exc:
             replica.turned(ReplicaState.UNHEALTHY, str(exc))
             return
-        replica.refused.clear()
+        replica.seen(status)
         replica.turned(ReplicaState.HEALTHY, "the health probe succeeded")
 
-    def refused_connection(self, replica: LiveReplica, error: UpstreamError) -> None:
-        """A request could not reach it: no need to wait for the probe to find out."""
+    def died(self, replica: LiveReplica, error: UpstreamError) -> None:
+        """A request found it dead: no need to wait for the probe to find out."""
         replica.turned(ReplicaState.UNHEALTHY, str(error))
         self.on_change()
 
-    async def load(self, replica: LiveReplica, version: AdapterVersion) -> None:
-        """Return once the replica holds the version, loading it at most once at a time.
+    def count_retry(self, pool: str, because: LoragateError) -> None:
+        """A request is sent once more; `retries` counts those by (pool, reason)."""
+        key = (pool, because.code)
+        self.retries[key] = self.retries.get(key, 0) + 1
 
-        Raises:
-            AdapterLoadFailed: the replica refuses these weights.
-            UpstreamError: the replica could not be asked.
-        """
-        name = version.upstream_name
-        path = self._seen_path(replica.pool, version.digest)
-        refusal = replica.refused.get((name, path))
-        if refusal is not None and self._clock.monotonic() < refusal[0]:
-            raise AdapterLoadFailed(refusal[1])
-        load = replica.loads.get(name)
-        if load is None:
-            load = replica.loads[name] = asyncio.get_running_loop().create_future()
-            task = self._tasks.create_task(self._load(replica, name, path, load))
-            self._loading.add(task)
-            task.add_done_callback(self._loading.discard)
-        # Shielded: the load goes on for the others when the request that began it leaves.
-        await asyncio.shield(load)
+    def distrust(self, upstream_name: str) -> None:
+        """What proves this version changed: it is verified again before it is served."""
+        for replica in self.live():
+            replica.verified.discard(upstream_name)
+            replica.quarantined.pop(upstream_name, None)
 
     def lost(self, replica: LiveReplica, version: AdapterVersion) -> None:
         """The replica answered that it does not know this adapter."""
-        if replica.resident.pop(version.upstream_name, None) is not None:
-            log(
-                logger,
-                logging.WARNING,
-                Event.ADAPTER_LOST,
-                replica=replica.id,
-                adapter=version.upstream_name,
-            )
-
-    def _seen_path(self, pool: str, digest: str) -> str:
-        """The version's folder as the pool's replicas see it."""
-        seen = self._paths.get((pool, digest))
-        if seen is None:
-            path = self._store_path(digest)
-            mount = self._pools[pool].store_mount if pool in self._pools else None
-            inside = path.relative_to(self._store_root)
-            seen = str(path) if mount is None else str(PurePosixPath(mount) / inside)
-            self._paths[(pool, digest)] = seen
-        return seen
-
-    async def _load(
-        self, replica: LiveReplica, name: str, path: str, load: asyncio.Future[None]
-    ) -> None:
-        started = self._clock.monotonic()
-        try:
-            await replica.backend.load_adapter(name, path)
-        except LoragateError as exc:
-            self._count_load(replica, "failed")
-            if isinstance(exc, AdapterLoadFailed):
-                until = self._clock.monotonic() + REFUSAL_S
-                replica.refused[(name, path)] = (until, str(exc))
-            _settle(load, exc)
-        except Exception:  # one load must not end the task group of all
-            logger.exception(Event.REQUEST_CRASHED.value)
-            _settle(load, UpstreamBroke(f"the load of {name} failed; the gateway's log says why"))
-        except asyncio.CancelledError:
-            _settle(load, UpstreamBroke(f"the load of {name} was interrupted"))
-            raise
-        else:
-            self._count_load(replica, "loaded")
-            replica.resident[name] = path
-            log(
-                logger,
-                logging.INFO,
-                Event.ADAPTER_LOADED,
-                replica=replica.id,
-                adapter=name,
-                duration_s=round(self._clock.monotonic() - started, 4),
-            )
-            _settle(load, None)
-        finally:
-            replica.loads.pop(name, None)
-
-    def _count_load(self, replica: LiveReplica, result: str) -> None:
-        key = (replica.pool, result)
-        self.loads[key] = self.loads.get(key, 0) + 1
+        name = version.upstream_name
+        if replica.forget(name):
+            log(logger, logging.WARNING, Event.ADAPTER_LOST, replica=replica.id, adapter=name)
 
 
-def _settle(load: asyncio.Future[None], error: LoragateError | None) -> None:
-    if error is None:
-        load.set_result(None)
-    else:
-        load.set_exception(error)
-        load.exception()  # seen, even if every waiter has left
+def _same_server(one: Replica, other: Replica) -> bool:
+    return (one.url, one.api_key, one.pool) == (other.url, other.api_key, other.pool)

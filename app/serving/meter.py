@@ -22,6 +22,10 @@ class Meter:
         self.requests: dict[tuple[str, int], int] = {}
         self.durations: dict[str, tuple[list[int], list[float]]] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.batches = 0
+        self.parts = 0
+        self.coalesced = 0
+        self.calls_saved = 0
         self._pending: dict[tuple[str, str], list[int]] = {}
 
     def ended(self, path: str, status: int, duration_s: float) -> None:
@@ -48,6 +52,16 @@ class Meter:
             tokens = self.tokens[model] = [0, 0]
         tokens[0] += prompt_tokens
         tokens[1] += completion_tokens
+
+    def split(self, parts: int) -> None:
+        """Count a batch of prompts that was sent in several calls."""
+        self.batches += 1
+        self.parts += parts
+
+    def merged(self, requests: int) -> None:
+        """Count requests that one call answered."""
+        self.coalesced += requests
+        self.calls_saved += requests - 1
 
     def drain(self) -> list[UsageRecord]:
         """Take what was used since the last call. Give it to `restore` if it could not be kept."""

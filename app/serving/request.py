@@ -7,12 +7,15 @@ with another model name. Everything not named here passes through untouched, byt
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from app.errors import InvalidJson, InvalidRequest
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 
 _KEY = b'"model"'
 #: How every letter of `model` begins when spelled with an escape; no encoder does that to a letter.
@@ -20,16 +23,42 @@ _ESCAPED = b"\\u006"
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _KEY_AND_COLON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
 #: Paths whose streams end with a usage event if `stream_options` asks for one.
-_STREAM_OPTIONS_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+_STREAM_OPTIONS_PATHS = frozenset({COMPLETIONS, CHAT})
+#: A list of token ids is one prompt; a list of strings or of lists is many.
+_ARRAY_OF_PROMPTS = re.compile(rb'\[[ \t\r\n]*["\[]')
+
+
+_NOTHING = msgspec.Raw()
 
 
 class _Peek(msgspec.Struct, gc=False):
     model: Any = msgspec.UNSET
+    user: Any = None
     stream: Any = False
     stream_options: Any = None
+    prompt_logprobs: Any = None
 
 
-_peek = msgspec.json.Decoder(_Peek)
+class _PeekCompletion(_Peek, gc=False):
+    content: msgspec.Raw = msgspec.field(default=_NOTHING, name="prompt")
+    echo: Any = False
+    logprobs: Any = None
+    max_tokens: Any = None
+
+
+class _PeekChat(_Peek, gc=False):
+    content: msgspec.Raw = msgspec.field(default=_NOTHING, name="messages")
+
+
+class _PeekInput(_Peek, gc=False):
+    content: msgspec.Raw = msgspec.field(default=_NOTHING, name="input")
+
+
+_peek_input: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_PeekInput)
+_peeks: dict[str, msgspec.json.Decoder[Any]] = {
+    COMPLETIONS: msgspec.json.Decoder(_PeekCompletion),
+    CHAT: msgspec.json.Decoder(_PeekChat),
+}
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
@@ -39,7 +68,10 @@ class InferenceRequest:
     """One call of an inference path.
 
     `headers` are header lines to send upstream, each ended by CRLF. `reports_usage` is false for
-    a stream that would end without telling how many tokens it took.
+    a stream that would end without telling how many tokens it took. `content` is the JSON of the
+    prompt, the messages or the input, as it stands in the body. `batch`: the prompt is an array of
+    prompts. `session` is the one that the client's headers name. `scoring`: one prompt, not
+    streamed, of which at most one token is generated.
     """
 
     path: str
@@ -47,6 +79,27 @@ class InferenceRequest:
     model: str
     reports_usage: bool = True
     headers: bytes = b""
+    content: msgspec.Raw | None = None
+    user: str = ""
+    session: str = ""
+    wants_prompt_logprobs: bool = False
+    streams: bool = False
+    batch: bool = False
+    scoring: bool = False
+
+    def with_prompt(self, prompt: bytes, members: dict[str, msgspec.Raw]) -> InferenceRequest:
+        """The same call with another prompt; `members` are those of the body, without `prompt`."""
+        head = msgspec.json.encode(members)[:-1]
+        body = b'%b,"prompt":%b}' % (head, prompt)
+        return replace(self, body=body, content=msgspec.Raw(prompt))
+
+    def members(self) -> dict[str, msgspec.Raw]:
+        """The members of the body, each as it was written."""
+        try:
+            members: dict[str, msgspec.Raw] = _members.decode(self.body)
+        except _NOT_JSON as exc:  # this looks closer, and has less of the stack left, than `parse`
+            raise InvalidJson(f"The request body is not valid JSON: {exc}") from exc
+        return members
 
     def upstream_body(self, name: str) -> bytes:
         """The body with `name` as its model, made to report usage."""
@@ -93,7 +146,7 @@ def parse(path: str, body: bytes) -> InferenceRequest:
         InvalidRequest: `model` is missing or not a string.
     """
     try:
-        peek = _peek.decode(body)
+        peek = _peeks.get(path, _peek_input).decode(body)
     except msgspec.ValidationError as exc:
         raise InvalidJson("The request body must be a JSON object.") from exc
     except _NOT_JSON as exc:
@@ -101,10 +154,31 @@ def parse(path: str, body: bytes) -> InferenceRequest:
     model = peek.model
     if not isinstance(model, str):
         raise _no_model() if model is msgspec.UNSET else _odd_model()
-    reports = True
-    if peek.stream is True and path in _STREAM_OPTIONS_PATHS:
-        reports = _reports_usage(peek.stream_options)
-    return InferenceRequest(path, body, model, reports)
+    streams = peek.stream is True
+    request = InferenceRequest(path, body, model, True, b"", peek.content)
+    if streams:
+        request.streams = True
+        if path in _STREAM_OPTIONS_PATHS:
+            request.reports_usage = _reports_usage(peek.stream_options)
+    if isinstance(peek.user, str):
+        request.user = peek.user
+    if peek.prompt_logprobs is not None:
+        request.wants_prompt_logprobs = True
+    if path == COMPLETIONS:
+        _look_at_completion(request, peek)
+    return request
+
+
+def _look_at_completion(request: InferenceRequest, peek: _PeekCompletion) -> None:
+    if peek.echo is True and peek.logprobs is not None:
+        request.wants_prompt_logprobs = True
+    content = peek.content
+    if peek.stream not in (False, True, None):
+        return
+    request.batch = _ARRAY_OF_PROMPTS.match(content) is not None
+    limit = peek.max_tokens
+    few = limit == 1 or (limit == 0 and peek.echo is True)
+    request.scoring = few and type(limit) is int and not request.streams and not request.batch
 
 
 def _reports_usage(stream_options: Any) -> bool:

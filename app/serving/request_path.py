@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from app.backends.base import Reply
 from app.domain import Principal
+from app.serving.batches import Batches
+from app.serving.coalesce import Coalescer
 from app.serving.forward import Forwarder
 from app.serving.meter import Meter
 from app.serving.request import InferenceRequest
@@ -13,10 +15,17 @@ from app.serving.usage import UsageTap
 
 
 class RequestPath:
-    """resolve -> forward -> account."""
+    """resolve -> forward, split or merged -> account.
 
-    def __init__(self, forwarder: Forwarder, meter: Meter) -> None:
+    Without a `coalescer`, requests for one prompt are never merged.
+    """
+
+    def __init__(
+        self, forwarder: Forwarder, batches: Batches, coalescer: Coalescer | None, meter: Meter
+    ) -> None:
         self.forwarder = forwarder
+        self.batches = batches
+        self.coalescer = coalescer
         self.meter = meter
 
     async def serve(
@@ -28,9 +37,14 @@ class RequestPath:
             RequestError: the model is unknown or not allowed.
             NoReplicaAvailable, AdapterLoadFailed, UpstreamError: it could not be served.
         """
-        route = resolve(snapshot, request.model, principal)
+        route = resolve(snapshot, request.model, principal, request.session or request.user)
         tap = UsageTap(hide=not request.reports_usage)
-        reply = await self.forwarder.forward(request, route)
+        if request.batch:
+            reply = await self.batches.forward(request, route)
+        elif request.scoring and self.coalescer is not None:
+            reply = await self.coalescer.forward(request, route)
+        else:
+            reply = await self.forwarder.forward(request, route)
 
         def account() -> None:
             if reply.status < 300:

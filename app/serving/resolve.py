@@ -1,7 +1,8 @@
 """Model name -> Route, for one principal and one snapshot.
 
 What comes in: what the client wrote in `model`: a base, `name`, `name@3` or `name:alias`. What
-goes out: the pool and the name its replicas are asked for. Pure.
+goes out: the pool and the name its replicas are asked for. Pure, but for the draw of a client
+whom nothing keeps on one version of a weighted alias.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from hashlib import blake2b
+from math import log
 
-from app.domain import LATEST, Adapter, Alias, Principal, Route
+from app.domain import LATEST, Adapter, Alias, Principal, Route, Sticky
 from app.errors import ModelNotAllowed, ModelNotFound
 from app.serving.snapshot import Snapshot
 
 _NEIGHBOURS = 200
 
 
-def resolve(snapshot: Snapshot, model: str, principal: Principal) -> Route:
+def resolve(snapshot: Snapshot, model: str, principal: Principal, sticky_key: str = "") -> Route:
     """Find where a request for `model` goes.
+
+    `sticky_key` is the session or user the request names, if it names one: it goes to the same
+    version of a weighted alias every time.
 
     Raises:
         ModelNotFound: no base, adapter, version or alias has this name.
@@ -28,7 +34,7 @@ def resolve(snapshot: Snapshot, model: str, principal: Principal) -> Route:
     """
     route = snapshot.routes.get(model)
     if route is None:
-        route = _find(snapshot, model)
+        route = _find(snapshot, model, principal, sticky_key)
     if route is None:
         raise ModelNotFound(_not_found(snapshot, model, principal))
     if principal.models is not None and not allowed(principal, model):
@@ -47,7 +53,7 @@ def allowed(principal: Principal, model: str) -> bool:
     return any(fnmatchcase(model, glob) or fnmatchcase(adapter, glob) for glob in principal.models)
 
 
-def _find(snapshot: Snapshot, model: str) -> Route | None:
+def _find(snapshot: Snapshot, model: str, principal: Principal, sticky_key: str) -> Route | None:
     if model in snapshot.bases:
         return _base_route(snapshot, model)
     name, separator, which = _split(model)
@@ -62,7 +68,9 @@ def _find(snapshot: Snapshot, model: str) -> Route | None:
         return None
     if len(alias.targets) == 1:
         return _remembered(snapshot, model, adapter, alias.targets[0][0])
-    return _remembered(snapshot, None, adapter, _draw(alias))
+    client = _client(alias, principal, sticky_key)
+    number = _kept(adapter.name, alias, client) if client else _draw(alias)
+    return _remembered(snapshot, None, adapter, number)
 
 
 def _base_route(snapshot: Snapshot, model: str) -> Route | None:
@@ -97,6 +105,33 @@ def _split(model: str) -> tuple[str, str, str]:
         if found:
             return name, found, which
     return model, "", ""
+
+
+def _client(alias: Alias, principal: Principal, sticky_key: str) -> str:
+    """Whom the alias keeps on one version; nobody when empty."""
+    if alias.sticky is Sticky.KEY:
+        return principal.key_id
+    return sticky_key if alias.sticky is Sticky.USER else ""
+
+
+def _kept(adapter: str, alias: Alias, client: str) -> int:
+    """The version that this client of the alias always gets.
+
+    Weighted rendezvous hashing: each version bids for the client with an exponential variate of
+    its weight, drawn from a hash of both, and the least bid wins, which happens in proportion to
+    the weights. A bid depends on its own version only, so a weight that grows takes clients from
+    the others and moves nobody between them.
+    """
+    whose = f"{adapter}\0{alias.name}\0{client}\0"
+
+    def bid(target: tuple[int, int]) -> tuple[float, int]:
+        number, weight = target
+        hashed = blake2b(f"{whose}{number}".encode(errors="surrogatepass"), digest_size=8)
+        # The upper 53 bits as a fraction above 0 and below 1, whose logarithm is finite.
+        fraction = ((int.from_bytes(hashed.digest()) >> 11) + 0.5) / (1 << 53)
+        return -log(fraction) / weight, number
+
+    return min(alias.targets, key=bid)[0]
 
 
 def _draw(alias: Alias) -> int:

@@ -30,7 +30,7 @@ from app.settings import Settings
 from app.telemetry import Event, configure_logging, log
 from app.worker.http.faults import answer
 from app.worker.http.generate import chat_completions, completions
-from app.worker.http.health import health, metrics, show_version
+from app.worker.http.health import features, health, metrics, show_version
 from app.worker.http.models import detokenize, load_adapter, models, tokenize, unload_adapter
 from app.worker.http.served import Served
 from app.worker.samplers.engine import Engine
@@ -54,6 +54,7 @@ ROUTES = [
     Route("/health", health, methods=["GET"]),
     Route("/ping", health, methods=["GET", "POST"]),
     Route("/version", show_version, methods=["GET"]),
+    Route("/loragate/features", features, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),
 ]
 

@@ -1,4 +1,5 @@
-"""vLLM's dialect as the gateway relies on it: the fake, the worker and vLLM must all speak it.
+"""vLLM's dialect as the gateway relies on it: the fake, the simulator, the worker and vLLM must all
+speak it.
 
 The expected words were recorded from a real vLLM 0.32; run with `-m vllm` where one is installed.
 """
@@ -22,6 +23,7 @@ PROMPT = {"prompt": "Once upon a time there was"}
 @pytest.fixture(
     params=[
         "fake",
+        "sim",
         pytest.param("worker", marks=pytest.mark.worker),
         pytest.param("vllm", marks=pytest.mark.vllm),
     ]

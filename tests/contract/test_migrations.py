@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,29 @@ from app.settings import Settings
 from tests.contract.conftest import POSTGRES, Server
 
 REPOSITORY = Path(__file__).parents[2]
+
+#: A registry as the first release left it.
+OLD_ROWS = (
+    "INSERT INTO base_models (name, aliases) VALUES ('tiny', '[]')",
+    "INSERT INTO pools (name, base_model, served_name, max_lora_rank, max_loras, declared,"
+    " created_at) VALUES ('pool', 'tiny', 'tiny', 64, 8, false, :now)",
+    "INSERT INTO replicas (id, pool, url, cordoned, draining, declared, created_at)"
+    " VALUES ('r', 'pool', 'http://r', false, false, false, :now)",
+    "INSERT INTO adapters (id, name, base_model, pool, last_number, details, created_at, revision)"
+    " VALUES (1, 'pirate', 'tiny', 'pool', 3, '{}', :now, 1)",
+    *(
+        "INSERT INTO adapter_versions (id, adapter_id, number, base_model, pool, digest, rank,"
+        " target_modules, bytes, source, details, created_at)"
+        f" VALUES ({number}, 1, {number}, 'tiny', 'pool', 'd{number}', 8, '{modules}', 1, 'test',"
+        " '{}', :now)"
+        for number, modules in (
+            (1, '["q_proj", "v_proj"]'),
+            (2, '["lm_head", "q_proj"]'),
+            (3, '["lmXhead"]'),
+        )
+    ),
+    "INSERT INTO aliases (adapter_id, name, targets) VALUES (1, 'latest', '[[3, 1]]')",
+)
 
 
 @pytest.fixture(params=["sqlite", POSTGRES])
@@ -70,6 +94,34 @@ async def test_alembics_own_commands_work(empty: str) -> None:
     db = Database(empty)
     async with db.engine.connect() as connection:
         assert await connection.run_sync(tables) == {"alembic_version"}
+    await db.close()
+
+
+async def test_what_was_registered_before_the_fleet_stays_and_is_filled_in(empty: str) -> None:
+    """Also on the way back, where SQLite would delete a copied pool's replicas."""
+    alembic(empty, "upgrade", "0001")
+    db = Database(empty)
+    async with db.engine.begin() as connection:
+        for statement in OLD_ROWS:
+            await connection.execute(text(statement), {"now": datetime(2030, 1, 1, tzinfo=UTC)})
+    alembic(empty, "upgrade", "head")
+    async with db.engine.connect() as connection:
+        lm_heads = text("SELECT number, targets_lm_head FROM adapter_versions ORDER BY number")
+        assert [(n, bool(flag)) for n, flag in await connection.execute(lm_heads)] == [
+            (1, False),
+            (2, True),
+            (3, False),
+        ]
+        pool = text("SELECT max_cpu_loras, max_inflight, max_queue FROM pools")
+        assert (await connection.execute(pool)).all() == [(None, 256, 1024)]
+        assert (await connection.execute(text("SELECT sticky FROM aliases"))).all() == [("user",)]
+        probes = text("SELECT count(*) FROM adapter_versions WHERE probe IS NULL")
+        assert (await connection.execute(probes)).scalar() == 3
+    alembic(empty, "downgrade", "0001")
+    async with db.engine.connect() as connection:
+        for table, count in (("pools", 1), ("replicas", 1), ("adapter_versions", 3)):
+            counted = await connection.execute(text(f"SELECT count(*) FROM {table}"))
+            assert counted.scalar() == count
     await db.close()
 
 

@@ -326,7 +326,20 @@ async def test_a_pool_is_removed_when_nothing_needs_it(db: Database, clock: Mova
         assert (changed.pool.served_name, changed.pool.max_lora_rank) == ("tiny", 8)
         changed = await pools.update(session, "again", served_name="t", store_mount="/store")
         assert (changed.pool.served_name, changed.pool.store_mount) == ("t", "/store")
-        for wrong in ({"max_lora_rank": 0}, {"base_model": "x"}, {"store_mount": "relative"}):
+        changed = await pools.update(
+            session, "again", max_loras=4, max_cpu_loras=8, max_inflight=2, max_queue=0
+        )
+        assert changed.pool.cpu_slots == 8
+        assert (changed.pool.max_inflight, changed.pool.max_queue) == (2, 0)
+        changed = await pools.update(session, "again", max_cpu_loras=None)
+        assert (changed.pool.max_cpu_loras, changed.pool.cpu_slots) == (None, 4)
+        for wrong in (
+            {"max_lora_rank": 0},
+            {"base_model": "x"},
+            {"store_mount": "relative"},
+            {"max_queue": -1},
+            {"max_cpu_loras": 3},
+        ):
             with pytest.raises(InvalidRequest):
                 await pools.update(session, "again", **wrong)
 
@@ -361,13 +374,19 @@ async def test_declared_pools_become_rows_and_stay_themselves(
         await pools.add_replica(session, clock, pool="p", url="http://by-hand:1")
         await pools.update_replica(session, first.replicas[0].replica.id, cordoned=True)
     second = await synced(
-        declared(tmp_path, pool | {"replicas": ["http://a:1"], "max_loras": 2, "api_key": "k"})
+        declared(
+            tmp_path,
+            pool
+            | {"replicas": ["http://a:1"], "max_loras": 2, "api_key": "k"}
+            | {"max_cpu_loras": 6, "max_inflight": 3, "max_queue": 9},
+        )
     )
     assert {view.replica.url: view.replica.cordoned for view in second.replicas} == {
         "http://a:1": True,
         "http://by-hand:1": False,
     }
-    assert second.pool.max_loras == 2
+    assert (second.pool.max_loras, second.pool.max_cpu_loras) == (2, 6)
+    assert (second.pool.max_inflight, second.pool.max_queue) == (3, 9)
     assert await synced(Settings()) == second, "settings without any pool change nothing"
     other = {"name": "q", "base_model": "other", "replicas": ["http://q:1"]}
     gone = await synced(declared(tmp_path, other))

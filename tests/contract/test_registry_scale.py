@@ -13,18 +13,18 @@ from tests.contract.conftest import POSTGRES
 from tests.contract.registry import MovableClock, publisher
 
 
+@pytest.fixture(params=["sqlite", POSTGRES])
+def registry(
+    request: pytest.FixtureRequest, new_database: Callable[[str], str]
+) -> tuple[str, Shape]:
+    """A database made before the test's loop runs, and how much to put in it."""
+    shape = Shape(20_000, 5) if request.param == "sqlite" else Shape(100_000, 1)
+    return new_database(request.param), shape
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("dialect", "shape"),
-    [
-        ("sqlite", Shape(20_000, 5)),
-        pytest.param("postgresql", Shape(100_000, 1), marks=POSTGRES.marks),
-    ],
-)
-async def test_a_hundred_thousand_versions(
-    dialect: str, shape: Shape, new_database: Callable[[str], str]
-) -> None:
-    url = new_database(dialect)
+async def test_a_hundred_thousand_versions(registry: tuple[str, Shape]) -> None:
+    url, shape = registry
     db, other = Database(url), Database(url)
     await fill(db, shape)
     publish, snapshots = publisher(db)

@@ -7,6 +7,7 @@ A token is a word with the blanks behind it; its id, for /tokenize, is made from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +17,17 @@ from typing import Any
 CREATED = 1_795_233_172
 MAX_MODEL_LEN = 1024
 MAX_LOGPROBS = 20
+MAX_PROMPTS = 1024
+VOCABULARY = 259
+
+#: A vLLM with loragate-vllm beside it.
+FEATURES = {
+    "plugin": "0.1.0",
+    "vllm": "0.32.0",
+    "prompt_logprobs": True,
+    "prompt_logprobs_with_lora": True,
+    "prompt_logprobs_with_lm_head_lora": True,
+}
 
 
 class Refusal(Exception):
@@ -26,6 +38,10 @@ class Refusal(Exception):
         self.status = status
         error = {"message": message, "type": kind, "param": param, "code": status}
         self.body = dumps({"error": error})
+
+
+class UnknownToken(Refusal):
+    """What vLLM notices only when a stream's head has gone out."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,15 @@ class Choice:
     @property
     def text(self) -> str:
         return "".join(self.words)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a completion goes on from: its text, its tokens, and an id for each of them."""
+
+    text: str
+    tokens: list[str]
+    ids: list[int]
 
 
 def dumps(value: Any) -> bytes:
@@ -68,6 +93,8 @@ def parse(body: bytes) -> dict[str, Any]:
 def generate(model: str, payload: dict[str, Any], prompts: list[str]) -> list[Choice]:
     """What the model says: its name and the prompt, cut by max_tokens and stop."""
     limit = payload.get("max_completion_tokens") or payload.get("max_tokens")
+    if limit == 0 and payload.get("echo"):
+        limit = 1  # as vLLM has it: it generates one token, counts it and does not show it
     if limit is not None and limit < 1:
         message = (
             f"max_tokens must be at least 1, got {limit}. (parameter=max_tokens, value={limit})"
@@ -99,13 +126,38 @@ def _choice(index: int, text: str, limit: int | None, payload: dict[str, Any]) -
     return Choice(index, spoken, "stop")
 
 
-def prompts_of(payload: dict[str, Any]) -> list[str]:
-    prompt = payload.get("prompt", "")
-    if isinstance(prompt, str):
-        return [prompt]
-    if prompt and isinstance(prompt[0], int):
-        return [detokenize(prompt)]
-    return [p if isinstance(p, str) else detokenize(p) for p in prompt]
+def prompts_of(payload: dict[str, Any]) -> list[Prompt]:
+    given = payload.get("prompt", "")
+    single = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+    found = [given] if single else given
+    if len(found) > MAX_PROMPTS:
+        message = (
+            f"prompt list length {len(found)} exceeds the maximum allowed count of {MAX_PROMPTS}. "
+            "To increase this limit, set the VLLM_MAX_COMPLETION_PROMPTS environment variable."
+        )
+        raise Refusal(400, message, "BadRequestError", "prompt")
+    return [_prompt(one) for one in found]
+
+
+def _prompt(given: str | list[int]) -> Prompt:
+    if isinstance(given, str):
+        tokens = words(given)
+        prompt = Prompt(given, tokens, [3 + sum(token.encode()) % 256 for token in tokens])
+    else:
+        odd = [token for token in given if not 0 <= token < VOCABULARY]
+        if odd:
+            message = f"Token id {max(odd)} is out of vocabulary"
+            raise UnknownToken(400, message, "BadRequestError")
+        text = detokenize(given)
+        prompt = Prompt(text, [detokenize([token]) for token in given], given)
+    if len(prompt.ids) >= MAX_MODEL_LEN:
+        message = (
+            f"This model's maximum context length is {MAX_MODEL_LEN} tokens. However, your prompt "
+            f"contains {len(prompt.ids)} input tokens, which exceeds this limit even without any "
+            "output tokens. Please reduce the length of the input prompt."
+        )
+        raise Refusal(400, message, "BadRequestError", "input_tokens")
+    return prompt
 
 
 def last_message(payload: dict[str, Any]) -> str:
@@ -115,16 +167,31 @@ def last_message(payload: dict[str, Any]) -> str:
     return "".join(part["text"] for part in content)
 
 
+def metrics(*, cpu: bool = False, lora: bool = True) -> str:
+    """What vLLM's /metrics says that a gateway reads to know it by; recorded from 0.32."""
+    labels = {
+        "block_size": "128" if cpu else "16",
+        "enable_prefix_caching": "True",
+        "engine": "0",
+        "kv_cache_memory_bytes": "1073741824" if cpu else "None",
+        "user_specified_block_size": "False",
+    }
+    cache = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    lines = ["# TYPE vllm:cache_config_info gauge", f"vllm:cache_config_info{{{cache}}} 1.0"]
+    if lora:
+        lines += ["# TYPE vllm:lora_requests_info gauge"]
+    return "\n".join([*lines, ""])
+
+
 def tokenize(text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
 
 
 def detokenize(tokens: list[int]) -> str:
-    return bytes(token - 3 for token in tokens).decode()
+    return bytes(max(0, token - 3) for token in tokens).decode(errors="replace")
 
 
-def usage(prompts: list[str], choices: list[Choice]) -> dict[str, int]:
-    prompt_tokens = sum(len(words(prompt)) for prompt in prompts)
+def usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, int]:
     completion_tokens = sum(len(choice.words) for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
@@ -164,7 +231,7 @@ def chat_body(model: str, payload: dict[str, Any], rid: str) -> bytes:
             ],
             "service_tier": None,
             "system_fingerprint": "fake-vllm",
-            "usage": usage(prompts, choices),
+            "usage": usage(sum(len(words(prompt)) for prompt in prompts), choices),
             "prompt_logprobs": None,
             "prompt_token_ids": None,
             "kv_transfer_params": None,
@@ -187,12 +254,15 @@ def chat_events(model: str, payload: dict[str, Any], rid: str) -> Iterator[bytes
     for index, word, finish in _interleaved(choices):
         logprobs = chat_logprobs(payload, [word])
         yield _event(shell, _delta(index, {"content": word}, logprobs, finish))
-    yield from _ending(shell, payload, usage(prompts, choices))
+    yield from _ending(
+        shell, payload, usage(sum(len(words(prompt)) for prompt in prompts), choices)
+    )
 
 
 def completion_body(model: str, payload: dict[str, Any], rid: str) -> bytes:
     prompts = prompts_of(payload)
-    choices = generate(model, payload, prompts)
+    choices = generate(model, payload, [prompt.text for prompt in prompts])
+    n = len(choices) // len(prompts)
     ids = payload.get("return_token_ids")
     return dumps(
         {
@@ -203,19 +273,18 @@ def completion_body(model: str, payload: dict[str, Any], rid: str) -> bytes:
             "choices": [
                 {
                     "index": choice.index,
-                    "text": choice.text,
-                    "logprobs": completion_logprobs(payload, choice.words),
+                    **_said(payload, prompts[choice.index // n], choice.words, first=True),
                     "finish_reason": choice.finish_reason,
                     "stop_reason": None,
                     "token_ids": tokenize(choice.text) if ids else None,
-                    "prompt_logprobs": None,
-                    "prompt_token_ids": tokenize(prompts[0]) if ids else None,
+                    "prompt_logprobs": prompt_logprobs(payload, prompts[choice.index // n]),
+                    "prompt_token_ids": prompts[choice.index // n].ids if ids else None,
                 }
                 for choice in choices
             ],
             "service_tier": None,
             "system_fingerprint": "fake-vllm",
-            "usage": usage(prompts, choices),
+            "usage": usage(sum(len(prompt.ids) for prompt in prompts), choices),
             "kv_transfer_params": None,
             "metrics": None,
         }
@@ -223,14 +292,50 @@ def completion_body(model: str, payload: dict[str, Any], rid: str) -> bytes:
 
 
 def completion_events(model: str, payload: dict[str, Any], rid: str) -> Iterator[bytes]:
-    prompts = prompts_of(payload)
-    choices = generate(model, payload, prompts)
+    try:
+        prompts = prompts_of(payload)
+    except UnknownToken as exc:
+        yield b"data: " + exc.body + b"\n\n"
+        yield b"data: [DONE]\n\n"
+        return
+    if payload.get("prompt_logprobs"):
+        message = "`prompt_logprobs` are not available when `stream=True`."
+        raise Refusal(400, message, "BadRequestError", "prompt_logprobs")
+    choices = generate(model, payload, [prompt.text for prompt in prompts])
+    n = len(choices) // len(prompts)
     shell = {"id": f"cmpl-{rid}", "object": "text_completion", "created": CREATED, "model": model}
+    begun: set[int] = set()
     for index, word, finish in _interleaved(choices):
-        logprobs = completion_logprobs(payload, [word])
-        choice = {"index": index, "text": word, "logprobs": logprobs, "finish_reason": finish}
+        said = _said(payload, prompts[index // n], [word], first=index not in begun)
+        begun.add(index)
+        choice = {"index": index, **said, "finish_reason": finish}
         yield _event(shell, choice | {"stop_reason": None, "token_ids": None})
-    yield from _ending(shell, payload, usage(prompts, choices))
+    yield from _ending(shell, payload, usage(sum(len(p.ids) for p in prompts), choices))
+
+
+def _said(
+    payload: dict[str, Any], prompt: Prompt, spoken: list[str], *, first: bool
+) -> dict[str, Any]:
+    """The text of a choice and its logprobs, after the prompt and its own if that is echoed."""
+    echo = first and payload.get("echo")
+    if payload.get("echo") and payload.get("max_tokens") == 0:
+        spoken = []
+    # As vLLM has it: with the ids at hand nobody needs the prompt's text again.
+    told = prompt.text if echo and not payload.get("return_token_ids") else ""
+    logprobs = completion_logprobs(payload, spoken, prompt.tokens if echo else [])
+    return {"text": told + "".join(spoken), "logprobs": logprobs}
+
+
+def prompt_logprobs(payload: dict[str, Any], prompt: Prompt) -> list[Any] | None:
+    """None for the first token, then what the weights say of each next one."""
+    if payload.get("prompt_logprobs") is None:
+        return None
+    ids = prompt.ids
+    rows = [
+        {"logprob": _scored(payload, ids[: at + 1]), "rank": 1, "decoded_token": prompt.tokens[at]}
+        for at in range(1, len(ids))
+    ]
+    return [None] + [{str(id): row} for id, row in zip(ids[1:], rows, strict=True)]
 
 
 def chat_logprobs(payload: dict[str, Any], spoken: list[str]) -> dict[str, Any] | None:
@@ -244,15 +349,30 @@ def chat_logprobs(payload: dict[str, Any], spoken: list[str]) -> dict[str, Any] 
     return {"content": rows}
 
 
-def completion_logprobs(payload: dict[str, Any], spoken: list[str]) -> dict[str, Any] | None:
+def completion_logprobs(
+    payload: dict[str, Any], spoken: list[str], echoed: list[str]
+) -> dict[str, Any] | None:
     if payload.get("logprobs") is None:
         return None
+    tokens = [*echoed, *spoken]
+    unknown = 1 if echoed else 0  # nothing comes before a prompt's first token
+    wanted = payload.get("logprob_token_ids")
+    rows = [
+        {str(number): _logprob(str(number)) for number in wanted} if wanted else {token: logprob}
+        for token, logprob in ((token, _logprob(token)) for token in tokens[unknown:])
+    ]
     return {
-        "text_offset": [sum(map(len, spoken[:i])) for i in range(len(spoken))],
-        "token_logprobs": [_logprob(word) for word in spoken],
-        "tokens": spoken,
-        "top_logprobs": [{word: _logprob(word)} for word in spoken],
+        "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
+        "token_logprobs": [None] * unknown + [_logprob(token) for token in tokens[unknown:]],
+        "tokens": tokens,
+        "top_logprobs": [None] * unknown + rows,
     }
+
+
+def _scored(payload: dict[str, Any], ids: list[int]) -> float:
+    """Other weights say something else of the same tokens."""
+    seen = hashlib.sha256(f"{payload.get('weights')} {ids}".encode()).digest()
+    return -int.from_bytes(seen[:2]) / 8192
 
 
 def _logprob(word: str) -> float:

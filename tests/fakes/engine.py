@@ -7,6 +7,7 @@ nothing of sockets; the words are in `dialect`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -34,7 +35,13 @@ class FakeEngine:
         self.max_lora_rank = max_lora_rank
         self.api_key = api_key
         self.adapters: dict[str, str] = {}
+        self.weights: dict[str, str] = {}
         self.dead = False
+        self.call_s = 0.0
+        #: What /loragate/features says; None is a vLLM without the plugin.
+        self.features: dict[str, Any] | None = dict(dialect.FEATURES)
+        #: What /metrics says; the part of it that a gateway reads.
+        self.metrics = dialect.metrics()
         self._ids = itertools.count(1)
 
     async def answer(self, request: Request) -> Answer:
@@ -46,12 +53,18 @@ class FakeEngine:
         if guarded and request.header("authorization") != wanted:
             return 401, dumps({"error": "Unauthorized"})
         match (request.method, request.path):
+            case ("GET", "/loragate/features") if self.features is not None:
+                return 200, dumps(self.features)
+            case ("GET", "/metrics"):
+                return 200, self.metrics.encode()
             case ("GET", "/v1/models"):
                 return 200, dumps({"object": "list", "data": self._cards()})
             case ("POST", "/v1/load_lora_adapter"):
                 return await self._load(dialect.parse(request.body))
             case ("POST", "/v1/unload_lora_adapter"):
                 return self._unload(dialect.parse(request.body))
+        if self.call_s:
+            await asyncio.sleep(self.call_s)  # as long as a step takes, however many are in it
         return self._inference(request)
 
     def _inference(self, request: Request) -> Answer:
@@ -74,7 +87,7 @@ class FakeEngine:
             raise dialect.unknown_model(model, self.served)
         rid = request.header("x-request-id") or f"{next(self._ids):016x}"
         try:
-            return say(model, payload, rid)
+            return say(model, payload | {"weights": self.weights.get(model)}, rid)
         except KeyError as exc:
             field = f"body.{exc.args[0]}"
             message = f"1 validation error:\n  Field required: {field}"
@@ -97,6 +110,7 @@ class FakeEngine:
         await asyncio.sleep(LOAD_S)
         self._check(name, Path(path, "adapter_config.json"))
         self.adapters[name] = path
+        self.weights[name] = _digest(Path(path, "adapter_model.safetensors"))
         return 200, f"Success: LoRA adapter '{name}' added successfully.".encode()
 
     def _check(self, name: str, config: Path) -> None:
@@ -128,6 +142,11 @@ class FakeEngine:
             card = {"id": name, "root": path, "parent": self.served, "max_model_len": None}
             cards.append(card | fields | {"owned_by": "vllm", "permission": []})
         return cards
+
+
+def _digest(weights: Path) -> str:
+    """What logprobs are made from: the weights themselves, not the name they were loaded under."""
+    return hashlib.sha256(weights.read_bytes() if weights.is_file() else b"").hexdigest()
 
 
 def _chat(model: str, payload: dict[str, Any], rid: str) -> Answer:

@@ -55,10 +55,11 @@ class EndlessHead(Fault):
 
 @dataclass
 class Flood(Fault):
-    """Stream this many bytes of events as fast as they are taken."""
+    """Stream this many bytes of events as fast as they are taken; of this event, if given."""
 
     total_bytes: int
     event_bytes: int = 64 * 1024
+    event: bytes = b""
 
 
 @dataclass

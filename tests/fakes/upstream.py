@@ -80,7 +80,7 @@ class FakeUpstream:
 
     def requests(self, path: str | None = None) -> list[Request]:
         """What came in so far; without a path, everything but health checks and discovery."""
-        quiet = {"/health", "/v1/models", "/metrics"}
+        quiet = {"/health", "/v1/models", "/metrics", "/loragate/features"}
         return [
             request
             for request in list(self.seen)
@@ -233,8 +233,8 @@ def _scripted(fault: Fault | None) -> Iterable[bytes] | None:
             lines = (b"x-%d: %b\r\n" % (i, b"a" * 1000) for i in itertools.count())
             return itertools.chain([b"HTTP/1.1 200 OK\r\n"], lines)
         case Flood():
-            event = b"data: " + b"x" * (fault.event_bytes - 8) + b"\n\n"
-            return _events(itertools.repeat(event, fault.total_bytes // fault.event_bytes))
+            event = fault.event or b"data: " + b"x" * (fault.event_bytes - 8) + b"\n\n"
+            return _events(itertools.repeat(event, fault.total_bytes // len(event)))
     return None
 
 

@@ -46,12 +46,18 @@ def test_a_pool_added_by_hand_serves(
             "base_model_aliases": ["/models/other"],
             "served_name": BASE,
             "max_lora_rank": 8,
+            "max_loras": 4,
+            "max_cpu_loras": 16,
+            "max_inflight": 32,
+            "max_queue": 64,
             "replicas": [{"url": server.url, "api_key": "upstream-secret"}],
         },
     )
     assert answer.status_code == 201, answer.text
     assert "upstream-secret" not in answer.text
     assert answer.json()["replicas"][0]["pool"] == "other"
+    fields = ("max_loras", "max_cpu_loras", "max_inflight", "max_queue")
+    assert [answer.json()[field] for field in fields] == [4, 16, 32, 64]
     wait_until(lambda: replicas(gateway)[server.url]["state"] == "healthy")
     assert gateway.client.get(f"/v1/models/{OTHER}").json()["parent"] is None
     registered = gateway.register("pirate", workbench.adapter(base="/models/other"))
@@ -71,13 +77,21 @@ def test_changing_a_pool(gateway: Gateway) -> None:
     mounted = gateway.client.patch(url, json={"store_mount": "/mnt", "max_loras": None})
     assert (mounted.json()["store_mount"], mounted.json()["max_loras"]) == ("/mnt", 8)
     assert gateway.client.patch(url, json={"store_mount": None}).json()["store_mount"] is None
+    slots = gateway.client.patch(url, json={"max_loras": 2, "max_cpu_loras": 4}).json()
+    assert (slots["max_loras"], slots["max_cpu_loras"]) == (2, 4)
+    slots = gateway.client.patch(url, json={"max_loras": 8, "max_cpu_loras": None}).json()
+    assert (slots["max_loras"], slots["max_cpu_loras"]) == (8, None)
     for body, param in (
         ({"max_lora_rank": 0}, "max_lora_rank"),
         ({"base_model": "x"}, "base_model"),
+        ({"max_inflight": 0}, "max_inflight"),
+        ({"max_queue": -1}, "max_queue"),
     ):
         answer = gateway.client.patch(url, json=body)
         assert answer.status_code == 422, answer.text
         assert answer.json()["error"]["param"] == param
+    answer = gateway.client.patch(url, json={"max_cpu_loras": 7})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_cpu_loras")
 
 
 def test_a_base_gets_to_be_known(gateway: Gateway, workbench: Workbench) -> None:

@@ -92,7 +92,14 @@ def test_an_adapters_life(
     assert "4.5 KiB" in shown or "KiB" in shown
 
     assert "prod → 2" in loragate("adapters", "alias", "pirate", "prod", "2")
-    assert "prod → 1=9 2=1" in loragate("adapters", "alias", "pirate", "prod", "1=9", "2=1")
+    split = loragate("adapters", "alias", "pirate", "prod", "1=9", "2=1")
+    assert "prod → 1=9 2=1 (sticky by user)" in split
+    by_key = loragate("adapters", "alias", "pirate", "prod", "1=8", "2=2", "--sticky", "key")
+    assert "prod → 1=8 2=2 (sticky by key)" in by_key
+    assert "prod → 1=8 2=2 (sticky by key)" in loragate("adapters", "list")
+    assert "prod → 1=9 2=1 (sticky by key)" in loragate(
+        "adapters", "rollback", "pirate", "--alias", "prod"
+    )
     assert "prod → 2" in loragate("adapters", "rollback", "pirate", "--alias", "prod")
     assert "prod" not in loragate("adapters", "alias", "pirate", "prod", "--delete")
     assert "latest → 1" in loragate("adapters", "rollback", "pirate")
@@ -107,7 +114,7 @@ def test_an_adapters_life(
 def test_pools_and_replicas(
     loragate: Shell, gateway: Gateway, upstream: FakeUpstream, workbench: Workbench
 ) -> None:
-    assert re.search(r"pool +tiny +tiny +16 +8 +1", loragate("pools", "list"))
+    assert re.search(r"pool +tiny +tiny +16 +8 +8 +256 +1024 +1", loragate("pools", "list"))
     config = workbench.base / "config.json"
     made = loragate.json(
         "pools", "add", "other", "--base-model", "acme/base", "--config", config, "--also", "b"
@@ -115,15 +122,20 @@ def test_pools_and_replicas(
     assert made["base_model_known"] is True
     assert made["base_model_aliases"] == ["b"]
     table = loragate("pools", "update", "other", "--max-lora-rank", 128, "--also", "c")
-    assert re.search(r"other +acme/base +acme/base +128 +8 +0", table)
+    assert re.search(r"other +acme/base +acme/base +128 +8 +8 +256 +1024 +0", table)
     options = ("--served-name", "b", "--max-loras", 4, "--store-mount", "/mnt", "--config", config)
     changed = loragate.json("pools", "update", "other", *options)
     assert changed["base_model_aliases"] == ["c"]
     expected = ("b", 128, 4, "/mnt")
     fields = ("served_name", "max_lora_rank", "max_loras", "store_mount")
     assert tuple(changed[field] for field in fields) == expected
-    cleared = loragate.json("pools", "update", "other", "--store-mount", "")
+    options = ("--max-cpu-loras", 32, "--max-inflight", 16, "--max-queue", 0)
+    changed = loragate.json("pools", "update", "other", *options)
+    fields = ("max_cpu_loras", "max_inflight", "max_queue")
+    assert tuple(changed[field] for field in fields) == (32, 16, 0)
+    cleared = loragate.json("pools", "update", "other", "--store-mount", "", "--max-cpu-loras", 0)
     assert (cleared["store_mount"], cleared["max_loras"]) == (None, 4)
+    assert cleared["max_cpu_loras"] is None
     assert "no pool 'lost'" in loragate.error("pools", "update", "lost", "--max-loras", 4)
     replica = loragate.json("replicas", "add", "other", upstream.url)
     wait_until(lambda: "healthy" in loragate("replicas", "list", "--pool", "other"))

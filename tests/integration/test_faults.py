@@ -279,14 +279,11 @@ def test_silence_inside_a_stream_has_a_deadline(
 def test_an_engine_that_dies_takes_its_replica_out(
     start_gateway: StartGateway, start_upstream: StartUpstream
 ) -> None:
-    replicas = [start_upstream(), start_upstream()]
-    gateway = start_gateway(*[replica.url for replica in replicas])
-    for replica in replicas:
-        replica.script(CHAT, EngineDead())
-    assert chat(gateway).status_code == 500
-    (dying,) = [replica for replica in replicas if replica.engine.dead]
-    for replica in replicas:
-        replica.behave()
+    dying, other = start_upstream(), start_upstream()
+    gateway = start_gateway(dying.url, other.url)
+    dying.script(CHAT, EngineDead())
+    assert [chat(gateway).status_code for _ in range(4)] == [200] * 4, "it was asked elsewhere"
+    assert dying.engine.dead
 
     def out() -> bool:
         listed = gateway.client.get("/admin/replicas").json()["data"]
@@ -298,6 +295,18 @@ def test_an_engine_that_dies_takes_its_replica_out(
     assert len(dying.requests(CHAT)) == before
     dying.restart()
     wait_until(lambda: not out())
+
+
+def test_a_request_that_kills_engines_does_not_kill_them_all(
+    start_gateway: StartGateway, start_upstream: StartUpstream
+) -> None:
+    replicas = [start_upstream() for _ in range(4)]
+    gateway = start_gateway(*[replica.url for replica in replicas])
+    for replica in replicas:
+        replica.script(CHAT, EngineDead())
+    answer = chat(gateway)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_replica_available")
+    assert sum(replica.engine.dead for replica in replicas) == 2
 
 
 def test_a_replica_that_never_answers_its_health_is_not_used(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.api.admin import adapters, aliases, keys, pools, replicas, status, vllm
+from app.api.admin import adapters, aliases, keys, pools, probes, replicas, status, vllm
 from app.api.admin.shapes import ErrorEnvelope
 
 _NOUNS = (
     adapters.router,
     aliases.router,
+    probes.router,
     pools.router,
     replicas.router,
     keys.router,

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from app.api.admin.shapes import Answer
 from app.control import views
+from app.domain import Sticky
 
 
 class Target(Answer):
@@ -39,6 +40,8 @@ class Version(Answer):
     source: str = Field(description="Where it came from.", examples=["upload"])
     created_at: datetime
     metadata: dict[str, Any] = Field(examples=[{"team": "support"}])
+    targets_lm_head: bool = Field(description="Whether it changes the output layer.")
+    probed: bool = Field(description="Whether it has a probe, which every load is checked with.")
 
 
 class Adapter(Answer):
@@ -53,6 +56,10 @@ class Adapter(Answer):
     aliases: dict[str, list[Target]] = Field(
         description="Pointers, or weighted splits, over versions; `name:alias` in `model`.",
         examples=[{"latest": [{"version": 3, "weight": 1}]}],
+    )
+    sticky: dict[str, Sticky] = Field(
+        description="Of each alias: what keeps a client on one version while it is split.",
+        examples=[{"latest": "user"}],
     )
     versions: list[Version]
 
@@ -91,6 +98,7 @@ def adapter_json(view: views.AdapterView) -> Adapter:
         metadata=dict(view.metadata),
         latest=view.latest,
         aliases={alias: targets_json(targets) for alias, targets in view.aliases.items()},
+        sticky=dict(view.sticky),
         versions=[version_json(version) for version in view.versions],
     )
 

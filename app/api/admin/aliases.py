@@ -18,7 +18,7 @@ from app.api.admin.shapes import Admin, Body, Deleted, InRooms, refusals
 from app.api.rooms import Rooms
 from app.control import adapters
 from app.control.views import AdapterView, Targets
-from app.domain import LATEST, Principal
+from app.domain import LATEST, Principal, Sticky
 from app.telemetry import Event, log
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,14 @@ class NewAlias(Body):
         None,
         description="Or several, for a canary.",
         examples=[[{"version": 2, "weight": 9}, {"version": 3, "weight": 1}]],
+    )
+
+    sticky: Sticky | None = Field(
+        None,
+        description="What keeps a client on one version while there are several: `user`, the "
+        "session or the `user` that a request names; `key`, its API key; `none`, nothing. Left "
+        "out, it stays as it is: `user` for a new alias.",
+        examples=["user"],
     )
 
     @model_validator(mode="after")
@@ -71,7 +79,12 @@ async def set_alias(
     """
     async with rooms.db.begin() as session:
         view = await adapters.set_alias(
-            session, rooms.clock, adapter=name, alias=alias, targets=body.pairs()
+            session,
+            rooms.clock,
+            adapter=name,
+            alias=alias,
+            targets=body.pairs(),
+            sticky=body.sticky,
         )
     return await _moved(rooms, admin, alias, view)
 

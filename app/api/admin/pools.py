@@ -22,7 +22,14 @@ router = APIRouter(prefix="/pools", tags=["Pools and replicas"])
 
 _MOUNT = "Folder under which the replicas see the adapter store, if not at the gateway's path."
 _CONFIG = "The base's Hugging Face config.json. Without it adapters' shapes are not checked."
+_LORAS = "The replicas' --max-loras: how many adapters one step of a replica can hold."
+_CPU_LORAS = "The replicas' --max-cpu-loras; null: as many as `max_loras`, which is vLLM's default."
+_INFLIGHT = "Most requests that one replica is given at once."
+_QUEUE = "Most requests that wait while every replica has that many; 0 refuses them at once."
 _ALIASES = "Other names adapter_config.json files call the base by."
+
+
+_ENDED_BY_NULL = ("store_mount", "max_cpu_loras")
 
 
 class Pool(Answer):
@@ -35,6 +42,9 @@ class Pool(Answer):
     served_name: str = Field(examples=["meta-llama/Llama-3.1-8B-Instruct"])
     max_lora_rank: int = Field(examples=[64])
     max_loras: int = Field(examples=[8])
+    max_cpu_loras: int | None = Field(examples=[32])
+    max_inflight: int = Field(examples=[256])
+    max_queue: int = Field(examples=[1024])
     store_mount: str | None
     declared: bool = Field(description="Whether it comes from LORAGATE_POOLS.")
     created_at: datetime
@@ -62,7 +72,10 @@ class NewPool(Body):
         None, description="What the replicas call the base; `base_model` when left out."
     )
     max_lora_rank: int = Field(64, ge=1, description="The replicas' --max-lora-rank.")
-    max_loras: int = Field(8, ge=1, description="The replicas' --max-loras.")
+    max_loras: int = Field(8, ge=1, description=_LORAS)
+    max_cpu_loras: int | None = Field(None, ge=1, description=_CPU_LORAS)
+    max_inflight: int = Field(256, ge=1, description=_INFLIGHT)
+    max_queue: int = Field(1024, ge=0, description=_QUEUE)
     store_mount: str | None = Field(None, description=_MOUNT)
     replicas: list[NewReplica] = Field([], description="Replicas to add with it.")
 
@@ -79,7 +92,10 @@ class PoolChange(Body):
         description="The replicas' --max-lora-rank; adapters registered before keep theirs.",
         examples=[128],
     )
-    max_loras: int | None = Field(None, ge=1, description="The replicas' --max-loras.")
+    max_loras: int | None = Field(None, ge=1, description=_LORAS)
+    max_cpu_loras: int | None = Field(None, ge=1, description=_CPU_LORAS)
+    max_inflight: int | None = Field(None, ge=1, description=_INFLIGHT)
+    max_queue: int | None = Field(None, ge=0, description=_QUEUE)
     store_mount: str | None = Field(None, description=_MOUNT)
 
 
@@ -110,6 +126,9 @@ async def create(body: NewPool, rooms: InRooms, admin: Admin) -> Pool:
             max_lora_rank=body.max_lora_rank,
             max_loras=body.max_loras,
             store_mount=body.store_mount,
+            max_cpu_loras=body.max_cpu_loras,
+            max_inflight=body.max_inflight,
+            max_queue=body.max_queue,
         )
         for new in body.replicas:
             await pools.add_replica(
@@ -131,12 +150,12 @@ async def show(name: Name, rooms: InRooms, admin: Admin) -> Pool:
 async def change(name: Name, body: PoolChange, rooms: InRooms, admin: Admin) -> Pool:
     """Change what a pool accepts. Its base model stays: add another pool for another base.
 
-    A null changes nothing, but for `store_mount`, which it ends.
+    A null changes nothing, but for `store_mount` and `max_cpu_loras`, which it ends.
     """
     given = body.model_dump(exclude_unset=True)
     config = given.pop("base_model_config", None)
     aliases = given.pop("base_model_aliases", None)
-    changes = {k: v for k, v in given.items() if v is not None or k == "store_mount"}
+    changes = {k: v for k, v in given.items() if v is not None or k in _ENDED_BY_NULL}
     async with rooms.db.begin() as session:
         base = (await pools.show(session, name)).base
         if config is not None or aliases is not None:
@@ -199,6 +218,9 @@ def _pool(rooms: Rooms, view: pools.PoolView) -> Pool:
         served_name=pool.served_name,
         max_lora_rank=pool.max_lora_rank,
         max_loras=pool.max_loras,
+        max_cpu_loras=pool.max_cpu_loras,
+        max_inflight=pool.max_inflight,
+        max_queue=pool.max_queue,
         store_mount=pool.store_mount,
         declared=view.declared,
         created_at=view.created_at,

@@ -17,7 +17,7 @@ from app.api.rooms import Rooms
 from app.control import pools
 from app.domain import ReplicaState
 from app.errors import Conflict
-from app.serving.fleet import LiveReplica
+from app.serving.replica import LiveReplica
 
 router = APIRouter(prefix="/replicas", tags=["Pools and replicas"])
 
@@ -33,8 +33,14 @@ class Replica(Answer):
     draining: bool = Field(description="Takes no new requests; to be removed.")
     declared: bool = Field(description="Whether it comes from LORAGATE_POOLS.")
     inflight: int = Field(description="Requests of this gateway on it now.", examples=[4])
+    waiting: int = Field(description="Requests that wait here for a place on it.", examples=[0])
     resident: list[str] = Field(
         description="Adapter versions believed to be loaded.", examples=[["support-bot@3"]]
+    )
+    quarantined: dict[str, str] = Field(
+        description="Versions it serves wrongly, by the probe they were registered with, and the "
+        "numbers.",
+        examples=[{}],
     )
     created_at: datetime
 
@@ -132,7 +138,9 @@ def replica_json(rooms: Rooms, view: pools.ReplicaView) -> Replica:
         draining=replica.draining,
         declared=view.declared,
         inflight=0 if live is None else live.inflight,
-        resident=[] if live is None else sorted(live.resident),
+        waiting=0 if live is None else live.line.length,
+        resident=[] if live is None else sorted(live.residency.known),
+        quarantined={} if live is None else dict(live.quarantined),
         created_at=view.created_at,
     )
 

@@ -33,7 +33,7 @@ from app.db.tables import (
     RevisionRow,
     VersionRow,
 )
-from app.domain import Adapter, AdapterVersion, Alias, Principal, Scope
+from app.domain import Adapter, AdapterVersion, Alias, Principal, Scope, Sticky
 from app.serving.snapshot import Snapshot, Snapshots
 from app.settings import Settings
 
@@ -170,6 +170,8 @@ async def _versions(
             VersionRow.digest,
             VersionRow.rank,
             VersionRow.base_model,
+            VersionRow.targets_lm_head,
+            VersionRow.probe.is_not(None),
         )
         .where(VersionRow.deleted_at.is_(None))
         .order_by(VersionRow.adapter_id, VersionRow.number)
@@ -180,10 +182,16 @@ async def _versions(
     # Streamed: the driver's copy of 100,000 rows must not stand beside ours.
     stream = await session.stream(query, execution_options={"yield_per": _STREAM})
     async for part in stream.partitions():
-        for owner, number, digest_, rank, base_model in part:
+        for owner, number, digest_, rank, base_model, targets_lm_head, probed in part:
             if (adapter := owners.get(owner)) is not None:
                 found.setdefault(owner, {})[number] = AdapterVersion(
-                    adapter.name, number, digest_, rank, intern(base_model)
+                    adapter.name,
+                    number,
+                    digest_,
+                    rank,
+                    intern(base_model),
+                    targets_lm_head,
+                    probed,
                 )
     return found
 
@@ -192,20 +200,22 @@ async def _aliases(
     session: AsyncSession, owners: Mapping[int, Row[*tuple[Any, ...]]], ids: list[int] | None
 ) -> dict[int, dict[str, Alias]]:
     # The JSON as text: most aliases are like another one, and are parsed and kept once.
-    query = select(AliasRow.adapter_id, AliasRow.name, cast(AliasRow.targets, Text))
+    query = select(
+        AliasRow.adapter_id, AliasRow.name, cast(AliasRow.targets, Text), AliasRow.sticky
+    )
     if ids is not None:
         query = query.where(AliasRow.adapter_id.in_(ids))
     found: dict[int, dict[str, Alias]] = {}
-    same: dict[tuple[str, str], Alias] = {}
+    same: dict[tuple[str, str, str], Alias] = {}
     stream = await session.stream(query, execution_options={"yield_per": _STREAM})
     async for part in stream.partitions():
-        for owner, name, targets in part:
+        for owner, name, targets, sticky in part:
             if owner not in owners:
                 continue
-            alias = same.get((name, targets))
+            alias = same.get((name, targets, sticky))
             if alias is None:
-                alias = Alias(name, as_targets(json.loads(targets)))
-                same[(name, targets)] = alias
+                alias = Alias(name, as_targets(json.loads(targets)), Sticky(sticky))
+                same[(name, targets, sticky)] = alias
             found.setdefault(owner, {})[alias.name] = alias
     return found
 

@@ -1,4 +1,4 @@
-"""/health, /ping, /version and /metrics, under the names vLLM gives its own."""
+"""/health, /ping, /version and /metrics, under the names vLLM gives its own; what it gets right."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ async def health(request: Request) -> Response:
 
 async def show_version(request: Request) -> Response:
     return JSONResponse({"version": version("loragate")})
+
+
+async def features(request: Request) -> Response:
+    """GET /loragate/features, as the plugin of vLLM answers it: every logprob here is right."""
+    here = {"plugin": None, "worker": version("loragate")}
+    right = {
+        "prompt_logprobs": True,
+        "prompt_logprobs_with_lora": True,
+        "prompt_logprobs_with_lm_head_lora": True,
+    }
+    return JSONResponse(here | right)
 
 
 async def metrics(request: Request) -> Response:

@@ -18,7 +18,7 @@ from app.serving.snapshot import Snapshot
 
 def rooms(meter: Meter) -> Any:
     replica = SimpleNamespace(
-        id="llama-1", pool="llama", state=ReplicaState.HEALTHY, inflight=3, resident={}
+        id="llama-1", pool="llama", state=ReplicaState.HEALTHY, inflight=3, quarantined={}
     )
     task = SimpleNamespace(name="publish", last_duration_s=0.25, failures=2)
     adapter = SimpleNamespace(versions={1: None, 2: None})
@@ -26,7 +26,12 @@ def rooms(meter: Meter) -> Any:
     return SimpleNamespace(
         meter=meter,
         snapshots=SimpleNamespace(current=snapshot),
-        fleet=SimpleNamespace(live=lambda: [replica], loads={("llama", "loaded"): 7}),
+        fleet=SimpleNamespace(
+            live=lambda: [replica],
+            loads=SimpleNamespace(counts={("llama", "loaded"): 7}),
+            retries={("llama", "upstream_broke"): 5},
+            pools={"llama": SimpleNamespace(waiting=4)},
+        ),
         driver=SimpleNamespace(statuses=lambda: [task]),
     )
 

@@ -170,7 +170,7 @@ def test_a_name_twice_is_refused(media_type: str) -> None:
 @every_type
 def test_the_files_belong_in_one_place(media_type: str) -> None:
     in_two = {f"a/{CONFIG}": b"{}", f"b/{WEIGHTS}": b"w"}
-    assert "both files in one" in refusal(packed_as(media_type, in_two), media_type)
+    assert "all files in one" in refusal(packed_as(media_type, in_two), media_type)
     twice = {f"a/{name}": b"" for name in FILES} | {f"b/{CONFIG}": b""}
     assert "in one place" in refusal(packed_as(media_type, twice), media_type)
     deep = {f"a/b/{name}": b"" for name in FILES}

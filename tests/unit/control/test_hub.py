@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,16 @@ async def test_the_two_files_of_a_commit_arrive(hub: Hub, weights: Path, into: P
         assert (into / name).read_bytes() == (weights / name).read_bytes()
     assert [path for path, _ in hub.asked] == [
         "/api/models/acme/pirate/revision/main",
-        *(f"/acme/pirate/resolve/{COMMIT}/{name}" for name in FILES),
+        *(f"/acme/pirate/resolve/{COMMIT}/{name}" for name in ("probe.json", *FILES)),
     ]
+    assert not (into / "probe.json").exists(), "a repository needs none"
     assert {key for _, key in hub.asked} == {"Bearer hf_secret"}
+
+
+async def test_a_probe_comes_along(hub: Hub, weights: Path, into: Path) -> None:
+    hub.answer(f"/acme/pirate/resolve/{COMMIT}/probe.json", {"token_ids": [[1, 2]]})
+    await fetch_adapter("acme/pirate", None, into, settings_for(hub))
+    assert json.loads((into / "probe.json").read_text()) == {"token_ids": [[1, 2]]}
 
 
 async def test_a_revision_may_have_slashes(hub: Hub, weights: Path, into: Path) -> None:

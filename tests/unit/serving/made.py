@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-from app.backends.base import BufferedBody, Push, Reply
+from app.backends.base import BufferedBody, EngineStatus, Features, Push, Reply
 from app.domain import (
     Adapter,
     AdapterVersion,
@@ -20,7 +22,9 @@ from app.domain import (
     Scope,
 )
 from app.errors import LoragateError, UpstreamBroke
-from app.serving.fleet import Fleet, LiveReplica
+from app.serving.fleet import Fleet
+from app.serving.pool import LivePool
+from app.serving.replica import SLOW_START_S, LiveReplica
 from app.serving.snapshot import Snapshot
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
@@ -98,6 +102,7 @@ class FakeBackend:
         self.served = served
         self.adapters: dict[str, str] = {}
         self.well = True
+        self.gets_right = Features(True, True, True)
         self.closed = False
         self.sent: list[tuple[str, bytes, bytes]] = []
         self.loads: list[tuple[str, str]] = []
@@ -106,6 +111,9 @@ class FakeBackend:
         self.answers: list[Callable[[], Reply] | LoragateError] = []
         self.load_errors: list[Exception | None] = []
         self.list_error: LoragateError | None = None
+        self.engine = EngineStatus(started_at=1.0)
+        self.score_error: LoragateError | None = None
+        self.scored: list[str] = []
         self.loading: asyncio.Event | None = None
         self.answering: asyncio.Event | None = None
 
@@ -136,6 +144,18 @@ class FakeBackend:
             raise error
         self.adapters[name] = path
 
+    async def score(self, name: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Other weights, which here are another path, say something else of the same tokens."""
+        self.scored.append(name)
+        if self.score_error is not None:
+            raise self.score_error
+        whose = self.adapters.get(name, name)
+
+        def logprob(row: Sequence[int], at: int) -> float:
+            return -(zlib.crc32(f"{whose} {list(row[: at + 1])}".encode()) % 8192) / 1024
+
+        return [[logprob(row, at) for at in range(1, len(row))] for row in token_ids]
+
     async def unload_adapter(self, name: str) -> None:
         self.unloads.append(name)
         self.adapters.pop(name, None)
@@ -147,6 +167,12 @@ class FakeBackend:
 
     async def healthy(self) -> bool:
         return self.well
+
+    async def status(self) -> EngineStatus:
+        return self.engine
+
+    async def features(self) -> Features:
+        return self.gets_right
 
     async def close(self) -> None:
         self.closed = True
@@ -190,6 +216,21 @@ class StreamedBody:
 def stream(*pieces: bytes, broken: bool = False) -> Reply:
     error = UpstreamBroke("it died") if broken else None
     return Reply(200, [(b"content-type", b"text/event-stream")], StreamedBody(*pieces, error=error))
+
+
+def replicas(count: int = 1, **config: Any) -> list[LiveReplica]:
+    """Healthy replicas of one pool, with a clock of their own: `replica.clock`."""
+    clock = MovableClock()
+    pool = LivePool(Pool("pool", "tiny", "served-tiny", **config), clock.monotonic())
+    made = []
+    for number in range(count):
+        row = Replica(f"r{number}", "pool", f"http://r{number}")
+        made.append(LiveReplica(row, FakeBackend(row), pool, clock))
+    pool.consists_of(made)
+    for replica in made:
+        replica.turned(ReplicaState.HEALTHY, "made so")
+    clock.at = SLOW_START_S
+    return made
 
 
 class FleetOfMemory:

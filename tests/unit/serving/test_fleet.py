@@ -8,25 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from app.domain import Replica, ReplicaState
+from app.domain import ReplicaState
 from app.errors import AdapterLoadFailed, UpstreamBroke, UpstreamError, UpstreamRefused
-from app.serving.fleet import REFUSAL_S, LiveReplica
-from tests.unit.serving.made import FakeBackend, FleetOfMemory, path_of, snapshot, version
+from app.serving.loads import REFUSAL_S
+from tests.unit.serving.made import FakeBackend, FleetOfMemory, path_of, replicas, snapshot, version
 from tests.waiting import until
 
 V1 = version()
 
 
 def test_claims_are_counted_by_name() -> None:
-    replica = LiveReplica(Replica("r", "pool", "http://r"), FakeBackend(Replica("r", "p", "u")))
+    (replica,) = replicas()
     for name in ("a@1", "b@1", "a@1"):
         replica.claim(name)
-    assert (replica.inflight, replica.inflight_by_name) == (3, {"a@1": 2, "b@1": 1})
+    assert (replica.inflight, replica.busy) == (3, {"a@1": 2, "b@1": 1})
     replica.release("a@1")
     replica.release("b@1")
-    assert (replica.inflight, replica.inflight_by_name) == (1, {"a@1": 1})
+    assert (replica.inflight, replica.busy) == (1, {"a@1": 1})
     replica.release("a@1")
-    assert (replica.inflight, replica.inflight_by_name) == (0, {})
+    assert (replica.inflight, replica.busy) == (0, {})
 
 
 async def test_a_replica_is_available_once_probed(made: FleetOfMemory) -> None:
@@ -55,9 +55,9 @@ async def test_a_flag_of_the_registry_takes_a_replica_out(made: FleetOfMemory, f
 
 async def test_a_replica_that_comes_back_tells_what_it_holds(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
-    await made.fleet.load(replica, V1)
-    assert replica.resident == {"pirate@1": path_of(V1)}
-    made.fleet.refused_connection(replica, UpstreamRefused("gone"))
+    await made.fleet.loads.load(replica, V1)
+    assert replica.residency.known == {"pirate@1": path_of(V1)}
+    made.fleet.died(replica, UpstreamRefused("gone"))
     assert replica.state is ReplicaState.UNHEALTHY
     made.connected[0].adapters = {"other@2": "/elsewhere"}
     made.connected[0].list_error = UpstreamError("starting")
@@ -66,23 +66,23 @@ async def test_a_replica_that_comes_back_tells_what_it_holds(made: FleetOfMemory
     made.connected[0].list_error = None
     await made.fleet.probe()
     assert replica.state is ReplicaState.HEALTHY
-    assert replica.resident == {"other@2": "/elsewhere"}
+    assert replica.residency.known == {"other@2": "/elsewhere"}
 
 
 async def test_a_replica_that_stays_well_is_not_asked_what_it_holds(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
-    await made.fleet.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
     made.connected[0].list_error = UpstreamError("nobody asked")
     await made.fleet.probe()
     assert replica.state is ReplicaState.HEALTHY
-    assert replica.resident == {"pirate@1": path_of(V1)}
+    assert replica.residency.known == {"pirate@1": path_of(V1)}
 
 
 async def test_a_refused_connection_asks_for_a_probe(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
     wakes: list[None] = []
     made.fleet.on_change = lambda: wakes.append(None)
-    made.fleet.refused_connection(replica, UpstreamRefused("gone"))
+    made.fleet.died(replica, UpstreamRefused("gone"))
     assert wakes == [None]
 
 
@@ -91,21 +91,21 @@ async def test_a_load_is_asked_for_once_by_many(made: FleetOfMemory) -> None:
     made.connected[0].loading = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         for _ in range(20):
-            tasks.create_task(made.fleet.load(replica, V1))
+            tasks.create_task(made.fleet.loads.load(replica, V1))
         await until(lambda: made.connected[0].loads)
         made.connected[0].loading.set()
     assert made.connected[0].loads == [("pirate@1", path_of(V1))]
     assert replica.holds("pirate@1", V1.digest)
     assert replica.loads == {}
-    assert made.fleet.loads == {("pool", "loaded"): 1}
+    assert made.fleet.loads.counts == {("pool", "loaded"): 1}
 
 
 async def test_a_load_outlives_the_request_that_began_it(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
     made.connected[0].loading = asyncio.Event()
-    first = asyncio.get_running_loop().create_task(made.fleet.load(replica, V1))
+    first = asyncio.get_running_loop().create_task(made.fleet.loads.load(replica, V1))
     await until(lambda: made.connected[0].loads)
-    second = asyncio.get_running_loop().create_task(made.fleet.load(replica, V1))
+    second = asyncio.get_running_loop().create_task(made.fleet.loads.load(replica, V1))
     await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -119,14 +119,14 @@ async def test_a_failed_load_nobody_waits_for_is_no_noise(made: FleetOfMemory) -
     (replica,) = await made.sync(snapshot())
     made.connected[0].loading = asyncio.Event()
     made.connected[0].load_errors = [AdapterLoadFailed("no")]
-    task = asyncio.get_running_loop().create_task(made.fleet.load(replica, V1))
+    task = asyncio.get_running_loop().create_task(made.fleet.loads.load(replica, V1))
     await until(lambda: made.connected[0].loads)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     made.connected[0].loading.set()
     await until(lambda: not replica.loads)
-    assert made.fleet.loads == {("pool", "failed"): 1}
+    assert made.fleet.loads.counts == {("pool", "failed"): 1}
 
 
 async def test_a_refusal_is_remembered_for_a_while(made: FleetOfMemory) -> None:
@@ -143,14 +143,14 @@ async def test_a_refusal_is_remembered_for_a_while(made: FleetOfMemory) -> None:
     backend.load_errors = [AdapterLoadFailed("the rank is 4096")]
     for _ in range(3):
         with pytest.raises(AdapterLoadFailed, match="4096"):
-            await made.fleet.load(replica, V1)
+            await made.fleet.loads.load(replica, V1)
     assert len(backend.loads) == 1
     made.clock.at += REFUSAL_S - 0.01
     with pytest.raises(AdapterLoadFailed):
-        await made.fleet.load(replica, V1)
-    await made.fleet.load(replica, version(number=2))  # another version is another matter
+        await made.fleet.loads.load(replica, V1)
+    await made.fleet.loads.load(replica, version(number=2))  # another version is another matter
     made.clock.at += 0.02
-    await made.fleet.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
     assert [name for name, _ in backend.loads] == ["pirate@1", "pirate@2", "pirate@1"]
 
 
@@ -158,18 +158,18 @@ async def test_a_replica_that_comes_back_is_asked_again(made: FleetOfMemory) -> 
     (replica,) = await made.sync(snapshot())
     made.connected[0].load_errors = [AdapterLoadFailed("no")]
     with pytest.raises(AdapterLoadFailed):
-        await made.fleet.load(replica, V1)
-    made.fleet.refused_connection(replica, UpstreamRefused("gone"))
+        await made.fleet.loads.load(replica, V1)
+    made.fleet.died(replica, UpstreamRefused("gone"))
     await made.fleet.probe()
-    await made.fleet.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
 
 
 async def test_a_load_that_could_not_be_asked_is_not_remembered(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
     made.connected[0].load_errors = [UpstreamError("busy")]
     with pytest.raises(UpstreamError, match="busy"):
-        await made.fleet.load(replica, V1)
-    await made.fleet.load(replica, V1)
+        await made.fleet.loads.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
 
 
 async def test_a_crash_in_a_load_is_its_own(
@@ -178,9 +178,9 @@ async def test_a_crash_in_a_load_is_its_own(
     (replica,) = await made.sync(snapshot())
     made.connected[0].load_errors = [ZeroDivisionError("a bug")]
     with caplog.at_level(logging.ERROR), pytest.raises(UpstreamBroke, match="log says why"):
-        await made.fleet.load(replica, V1)
+        await made.fleet.loads.load(replica, V1)
     assert "a bug" in caplog.text
-    await made.fleet.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
 
 
 @pytest.mark.parametrize("departed", [False, True])
@@ -190,7 +190,7 @@ async def test_closing_does_not_wait_for_a_load(departed: bool) -> None:
         async with made.fleet:
             (replica,) = await made.sync(snapshot())
             made.connected[0].loading = asyncio.Event()
-            waiter = asyncio.get_running_loop().create_task(made.fleet.load(replica, V1))
+            waiter = asyncio.get_running_loop().create_task(made.fleet.loads.load(replica, V1))
             await until(lambda: made.connected[0].loads)
             if departed:
                 replica.claim("pirate@1")
@@ -204,19 +204,21 @@ async def test_an_adapter_under_another_path_is_another_adapter(made: FleetOfMem
     """What an earlier registry had loaded under the same name."""
     (replica,) = await made.sync(snapshot())
     assert not replica.holds("pirate@1", V1.digest)
-    replica.resident["pirate@1"] = path_of(version("pirate", 7))
+    replica.residency.known["pirate@1"] = path_of(version("pirate", 7))
     assert not replica.holds("pirate@1", V1.digest)
-    await made.fleet.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
     assert replica.holds("pirate@1", V1.digest)
 
 
 async def test_replicas_are_told_the_path_they_see(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot(store_mount="/mnt/adapters"))
-    await made.fleet.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
     await made.fleet.sync(snapshot(store_mount="/other"))
-    await made.fleet.load(replica, V1)
+    made.fleet.lost(replica, V1)
+    await made.fleet.loads.load(replica, V1)
     await made.fleet.sync(snapshot(store_mount=None))
-    await made.fleet.load(replica, V1)
+    made.fleet.lost(replica, V1)
+    await made.fleet.loads.load(replica, V1)
     inside = path_of(V1).removeprefix("/store")
     assert [path for _, path in made.connected[0].loads] == [
         f"/mnt/adapters{inside}",
@@ -227,17 +229,17 @@ async def test_replicas_are_told_the_path_they_see(made: FleetOfMemory) -> None:
 
 async def test_a_lost_adapter_is_forgotten(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
-    await made.fleet.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
     made.fleet.lost(replica, V1)
     made.fleet.lost(replica, V1)
-    assert replica.resident == {}
+    assert replica.residency.known == {}
 
 
 async def test_unloading(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
-    await made.fleet.load(replica, V1)
+    await made.fleet.loads.load(replica, V1)
     await replica.unload("pirate@1")
-    assert (replica.resident, await replica.list_adapters()) == ({}, {})
+    assert (replica.residency.known, await replica.list_adapters()) == ({}, {})
     assert made.connected[0].unloads == ["pirate@1"]
 
 

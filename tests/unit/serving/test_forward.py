@@ -20,6 +20,7 @@ from app.errors import (
     UpstreamRefused,
     UpstreamTimeout,
 )
+from app.serving import breaker
 from app.serving.forward import MAX_ATTEMPTS, Forwarder
 from app.serving.request import InferenceRequest, parse
 from tests.unit.serving.made import FleetOfMemory, snapshot, stream, version, whole
@@ -37,7 +38,7 @@ def request(model: str = "pirate") -> InferenceRequest:
 
 
 async def forwarded(made: FleetOfMemory, route: Route = ADAPTER) -> tuple[int, bytes, str]:
-    reply = await Forwarder(made.fleet).forward(request(), route)
+    reply = await Forwarder(made.fleet, made.clock).forward(request(), route)
     try:
         return reply.status, await reply.read(1 << 20), reply.replica
     finally:
@@ -45,7 +46,7 @@ async def forwarded(made: FleetOfMemory, route: Route = ADAPTER) -> tuple[int, b
 
 
 def idle(made: FleetOfMemory) -> bool:
-    return all(r.inflight == 0 and r.inflight_by_name == {} for r in made.fleet.live())
+    return all(r.inflight == 0 and r.busy == {} for r in made.fleet.live())
 
 
 async def test_a_base_is_asked_for_by_the_name_its_replicas_know(made: FleetOfMemory) -> None:
@@ -68,7 +69,7 @@ async def test_an_adapter_is_loaded_once_and_then_served(made: FleetOfMemory) ->
 async def test_a_claim_is_held_until_the_reply_closes(made: FleetOfMemory) -> None:
     (replica,) = await made.sync(snapshot())
     made.connected[0].answers = [lambda: stream(b"data: 1\n\n")]
-    reply = await Forwarder(made.fleet).forward(request(), ADAPTER)
+    reply = await Forwarder(made.fleet, made.clock).forward(request(), ADAPTER)
     assert (reply.replica, replica.inflight) == ("r0", 1)
     assert made.fleet.inflight("pirate@1") == 1
     assert await reply.next() == b"data: 1\n\n"
@@ -125,16 +126,97 @@ async def test_nobody_is_there(made: FleetOfMemory, replicas: int) -> None:
     assert idle(made)
 
 
-@pytest.mark.parametrize("error", [UpstreamTimeout("late"), UpstreamBroke("died")])
-async def test_what_may_have_arrived_is_not_sent_again(
-    made: FleetOfMemory, error: LoragateError
-) -> None:
+async def test_what_may_still_be_running_is_not_sent_again(made: FleetOfMemory) -> None:
     await made.sync(snapshot(replicas=2))
-    made.connected[0].answers = [error]
-    with pytest.raises(type(error)):
+    made.connected[0].answers = [UpstreamTimeout("late")]
+    with pytest.raises(UpstreamTimeout):
         await forwarded(made, BASE)
     assert made.connected[1].sent == []
     assert idle(made)
+
+
+async def test_a_replica_that_dies_before_its_answer_costs_nothing(made: FleetOfMemory) -> None:
+    await made.sync(snapshot(replicas=2))
+    made.connected[0].answers = [UpstreamBroke("died")]
+    assert (await forwarded(made, BASE))[::2] == (200, "r1")
+    assert idle(made)
+
+
+async def test_a_request_that_two_replicas_died_of_is_not_given_to_a_third(
+    made: FleetOfMemory,
+) -> None:
+    await made.sync(snapshot(replicas=3))
+    for backend in made.connected:
+        backend.answers = [UpstreamBroke("died")]
+    with pytest.raises(UpstreamBroke):
+        await forwarded(made, BASE)
+    assert sum(len(b.sent) for b in made.connected) == 2
+    assert idle(made)
+
+
+async def test_a_dead_engine_behind_a_live_server_is_left_at_once(made: FleetOfMemory) -> None:
+    first, _ = await made.sync(snapshot(replicas=2))
+    made.connected[0].answers = [
+        lambda: whole(500, b'{"error":{"message":"EngineCore encountered an issue."}}')
+    ]
+    assert (await forwarded(made, BASE))[::2] == (200, "r1")
+    assert first.state is ReplicaState.UNHEALTHY
+    assert idle(made)
+
+
+async def test_any_other_failure_of_a_replica_is_passed_on(made: FleetOfMemory) -> None:
+    first, _ = await made.sync(snapshot(replicas=2))
+    made.connected[0].answers = [lambda: whole(500, b"a bug")]
+    assert (await forwarded(made, BASE))[:2] == (500, b"a bug")
+    assert first.state is ReplicaState.HEALTHY
+
+
+async def test_the_breaker_opens_after_failures_that_health_does_not_see(
+    made: FleetOfMemory,
+) -> None:
+    first, second = await made.sync(snapshot(replicas=2))
+    made.connected[0].answers = [UpstreamBroke("died")] * 50
+    for _ in range(20):
+        assert (await forwarded(made, BASE))[0] == 200
+    assert len(made.connected[0].sent) == breaker.FAILURES
+    made.clock.at += breaker.FIRST_PAUSE_S
+    sent = len(made.connected[0].sent)
+    for _ in range(20):
+        assert (await forwarded(made, BASE))[0] == 200
+    assert len(made.connected[0].sent) == sent + 1, "half open: one request tries"
+    made.connected[0].answers = []
+    made.clock.at += 2 * breaker.FIRST_PAUSE_S
+    for _ in range(20):
+        assert (await forwarded(made, BASE))[0] == 200
+    assert len(made.connected[0].sent) > sent + 2
+    assert second.inflight == first.inflight == 0
+
+
+async def test_retries_end_when_their_budget_is_spent(made: FleetOfMemory) -> None:
+    await made.sync(snapshot(replicas=3))
+    for backend in made.connected:
+        backend.answers = [lambda: whole(503, b"busy")] * 100
+    pool = made.fleet.pools["pool"]
+    while pool.budget.spend(made.clock.monotonic()):
+        pass
+    assert (await forwarded(made, BASE))[:2] == (503, b"busy")
+    assert sum(len(b.sent) for b in made.connected) == 1
+    made.clock.at += 1
+    await forwarded(made, BASE)
+    assert sum(len(b.sent) for b in made.connected) == 1 + MAX_ATTEMPTS
+
+
+async def test_the_preferred_replica_is_asked_first(made: FleetOfMemory) -> None:
+    await made.sync(snapshot(replicas=3))
+    forwarder = Forwarder(made.fleet, made.clock)
+    for wanted in ("r2", "r1", "r2", "r0"):
+        reply = await forwarder.forward(request(), BASE, prefer=wanted)
+        assert reply.replica == wanted
+        reply.close()
+    made.connected[2].answers = [UpstreamRefused("down")]
+    reply = await forwarder.forward(request(), BASE, prefer="r2")
+    assert (reply.status, reply.replica) != (200, "r2")
+    reply.close()
 
 
 async def test_an_adapter_that_a_replica_lost_is_loaded_again(made: FleetOfMemory) -> None:
@@ -154,7 +236,7 @@ async def test_an_adapter_is_loaded_again_only_once(made: FleetOfMemory) -> None
     with pytest.raises(UpstreamBroke, match="'pirate@1' and does not know it"):
         await forwarded(made)
     assert len(made.connected[0].sent) == 2
-    assert replica.resident == {}
+    assert replica.residency.known == {}
     assert idle(made)
 
 
@@ -302,7 +384,9 @@ async def test_whatever_happens_every_claim_is_released_and_every_reply_closed(
             backend.load_errors = [load_error(outcome) for outcome in loads]
 
         async def one(base: bool, how: str) -> None:
-            reply = await Forwarder(made.fleet).forward(request(), BASE if base else ADAPTER)
+            reply = await Forwarder(made.fleet, made.clock).forward(
+                request(), BASE if base else ADAPTER
+            )
             try:
                 assert how == "close" or await reply.read(1 << 20) is not None
             finally:

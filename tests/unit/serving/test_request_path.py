@@ -9,6 +9,7 @@ import pytest
 from app.backends.base import Reply
 from app.domain import Usage, UsageRecord
 from app.errors import ModelNotFound, NoReplicaAvailable, UpstreamBroke
+from app.serving.batches import Batches
 from app.serving.forward import Forwarder
 from app.serving.meter import Meter
 from app.serving.request import parse
@@ -28,7 +29,9 @@ class Line:
     def __init__(self, made: FleetOfMemory) -> None:
         self.made = made
         self.meter = Meter()
-        self.path = RequestPath(Forwarder(made.fleet), self.meter)
+        forwarder = Forwarder(made.fleet, made.clock)
+        batches = Batches(forwarder, made.fleet, self.meter)
+        self.path = RequestPath(forwarder, batches, None, self.meter)
 
     async def serve(self, body: bytes = b'{"model":"pirate"}', at: Snapshot = WORLD) -> Reply:
         return await self.path.serve(parse("/v1/completions", body), ANYONE, at)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.domain import BaseModel, Principal, Route, Scope
+from app.domain import Alias, BaseModel, Principal, Route, Scope, Sticky
 from app.errors import ModelNotAllowed, ModelNotFound
 from app.serving.resolve import allowed, names_of, near_matches, resolve
 from app.serving.snapshot import Snapshot, Snapshots
@@ -89,6 +91,116 @@ def test_a_split_keeps_to_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(drawn) == {"pirate@1", "pirate@2"}
     assert abs(drawn.count("pirate@2") / len(drawn) - 0.75) < 0.03
     assert "pirate:split" not in at.routes
+
+
+def split(*targets: tuple[int, int], sticky: Sticky = Sticky.USER) -> Snapshot:
+    """A registry of one adapter whose alias `canary` is split so."""
+    found = adapter("a", 9)
+    alias = Alias("canary", targets, sticky)
+    return snapshot(replace(found, aliases={**found.aliases, "canary": alias}))
+
+
+def served(at: Snapshot, client: str, principal: Principal = ANYONE) -> int:
+    found = resolve(at, "a:canary", principal, client).version
+    assert found is not None
+    return found.number
+
+
+CLIENTS = [f"user-{n}" for n in range(20_000)]
+Weights = st.lists(st.integers(1, 100), min_size=2, max_size=6)
+
+
+def targets_of(weights: list[int]) -> list[tuple[int, int]]:
+    return list(enumerate(weights, 1))
+
+
+def test_a_canary_of_a_tenth_gets_a_tenth_of_the_users() -> None:
+    at = split((1, 90), (2, 10))
+    counts = Counter(served(at, client) for client in CLIENTS)
+    assert abs(counts[2] / len(CLIENTS) - 0.1) < 0.01
+
+
+def test_a_canary_of_a_tenth_gets_a_tenth_of_the_requests_of_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(random, "choices", random.Random(11).choices)
+    at = split((1, 90), (2, 10))
+    counts = Counter(served(at, "") for _ in CLIENTS)
+    assert abs(counts[2] / len(CLIENTS) - 0.1) < 0.01
+
+
+def test_a_larger_canary_moves_only_the_share_it_grows_by() -> None:
+    before, after = split((1, 90), (2, 10)), split((1, 80), (2, 20))
+    moved = Counter((served(before, each), served(after, each)) for each in CLIENTS)
+    assert moved[2, 1] == 0
+    assert abs(moved[1, 2] / len(CLIENTS) - 0.1) < 0.01
+
+
+@given(weights=Weights, client=st.text(min_size=1), order=st.randoms(use_true_random=False))
+def test_a_sticky_client_stays(weights: list[int], client: str, order: random.Random) -> None:
+    targets = targets_of(weights)
+    first = served(split(*targets), client)
+    assert weights[first - 1] > 0
+    shuffled = order.sample(targets, len(targets))
+    scaled = [(number, 3 * weight) for number, weight in shuffled]
+    assert {served(split(*each), client) for each in (targets, shuffled, scaled)} == {first}
+
+
+@given(
+    weights=Weights,
+    which=st.integers(0, 5),
+    by=st.integers(1, 100),
+    client=st.text(min_size=1),
+)
+def test_a_weight_that_grows_moves_clients_only_to_it(
+    weights: list[int], which: int, by: int, client: str
+) -> None:
+    grown = which % len(weights)
+    before = served(split(*targets_of(weights)), client)
+    weights[grown] += by
+    assert served(split(*targets_of(weights)), client) in (before, grown + 1)
+
+
+@settings(max_examples=20)
+@given(weights=Weights)
+def test_clients_are_shared_out_by_weight(weights: list[int]) -> None:
+    at = split(*targets_of(weights))
+    counts = Counter(served(at, client) for client in CLIENTS[:4000])
+    for number, weight in targets_of(weights):
+        # Five standard deviations of a share of 4,000 are at most four hundredths.
+        assert abs(counts[number] / 4000 - weight / sum(weights)) < 0.04
+
+
+def test_another_alias_has_other_clients_in_its_canary() -> None:
+    """Or the same people would get every experiment."""
+    found = adapter("a", 2)
+    targets = ((1, 50), (2, 50))
+    aliases = {name: Alias(name, targets) for name in ("canary", "other")}
+    at = snapshot(replace(found, aliases=aliases))
+    same = [
+        resolve(at, "a:canary", ANYONE, client) is resolve(at, "a:other", ANYONE, client)
+        for client in CLIENTS[:1000]
+    ]
+    assert 400 < sum(same) < 600
+
+
+def test_sticky_by_key_asks_for_no_user() -> None:
+    at = split((1, 50), (2, 50), sticky=Sticky.KEY)
+    keys = [replace(ANYONE, key_id=f"key-{n}") for n in range(200)]
+    first = [served(at, "", key) for key in keys]
+    assert [served(at, f"user-{n}", key) for n, key in enumerate(keys)] == first
+    assert 60 < first.count(1) < 140
+
+
+def test_not_sticky_draws_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "choices", random.Random(5).choices)
+    at = split((1, 50), (2, 50), sticky=Sticky.NONE)
+    assert {served(at, "one-user") for _ in range(50)} == {1, 2}
+
+
+def test_a_user_may_be_called_anything() -> None:
+    at = split((1, 50), (2, 50))
+    assert served(at, "\ud800") == served(at, "\ud800")
 
 
 @given(weights=st.lists(st.integers(1, 1000), min_size=2, max_size=6), seed=st.integers(0, 2**32))
