@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from app.clock import Clock
 from app.domain import AdapterVersion, Pool, Probe
-from app.errors import AdapterLoadFailed, LoragateError, ProbeFailed, UpstreamBroke
+from app.errors import AdapterLoadFailed, LoragateError, ProbeFailed, UpstreamBroke, UpstreamError
 from app.serving.prompt_logprobs import refusal
 from app.serving.replica import LiveReplica
 from app.serving.verify import compare
@@ -158,43 +158,27 @@ class Loads:
         if version.targets_lm_head:
             replica.lm_head.add(name)
         duration_s = round(self._clock.monotonic() - started, 4)
-        log(
-            logger,
-            logging.INFO,
-            Event.ADAPTER_LOADED,
-            replica=replica.id,
-            adapter=name,
-            duration_s=duration_s,
-        )
+        _log(logging.INFO, Event.ADAPTER_LOADED, replica, name, duration_s=duration_s)
 
     async def _verify(self, replica: LiveReplica, version: AdapterVersion) -> None:
         name = version.upstream_name
         probe = await self._find_probe(version)
-        why = refusal(version, replica.features)
-        if probe is not None and why is not None:
-            log(
-                logger,
-                logging.WARNING,
-                Event.ADAPTER_UNVERIFIED,
-                replica=replica.id,
-                adapter=name,
-                reason=why,
-            )
-        elif probe is not None:
-            served = await replica.backend.score(name, probe.token_ids)
-            verdict = compare(probe, served, replica.features.dtype or "unknown")
-            if not verdict.ok:
+        if probe is not None:
+            unproven = refusal(version, replica.features)
+            if unproven is None:
+                try:
+                    served = await replica.backend.score(name, probe.token_ids)
+                except UpstreamError as exc:
+                    if type(exc) is not UpstreamError:
+                        raise
+                    unproven = str(exc)  # it declines: the probe is longer than its context, say
+            if unproven is not None:
+                _log(logging.WARNING, Event.ADAPTER_UNVERIFIED, replica, name, reason=unproven)
+            elif not (verdict := compare(probe, served, replica.features.dtype or "")).ok:
                 why = f"The replica {replica.id} serves {name!r} wrongly: {verdict}"
                 replica.quarantined[name] = why
                 self._count(replica, "quarantined")
-                log(
-                    logger,
-                    logging.ERROR,
-                    Event.ADAPTER_QUARANTINED,
-                    replica=replica.id,
-                    adapter=name,
-                    reason=str(verdict),
-                )
+                _log(logging.ERROR, Event.ADAPTER_QUARANTINED, replica, name, reason=str(verdict))
                 raise ProbeFailed(why)
         replica.verified.add(name)
 
@@ -212,6 +196,10 @@ class Loads:
     def _count(self, replica: LiveReplica, result: str) -> None:
         key = (replica.pool, result)
         self.counts[key] = self.counts.get(key, 0) + 1
+
+
+def _log(level: int, event: Event, replica: LiveReplica, adapter: str, **fields: object) -> None:
+    log(logger, level, event, replica=replica.id, adapter=adapter, **fields)
 
 
 def _settle(load: asyncio.Future[None], error: LoragateError | None) -> None:
