@@ -35,7 +35,7 @@ class Fleet:
     def __init__(self, made: FleetOfMemory) -> None:
         self.made = made
         self.meter = Meter()
-        self.batches = Batches(Forwarder(made.fleet), made.fleet, self.meter)
+        self.batches = Batches(Forwarder(made.fleet, made.clock), made.fleet, self.meter)
         self.script: list[Reply | LoragateError | None] = []
         self.sent: list[dict[str, Any]] = []
         for backend in made.connected:

@@ -224,7 +224,7 @@ async def test_a_crash_is_told_to_all(
 
 async def test_the_end_of_the_gateway_is_the_end_of_its_calls(made: FleetOfMemory) -> None:
     await made.sync(WORLD)
-    meter, forwarder = Meter(), Forwarder(made.fleet)
+    meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
     async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
         (task,) = await gathered(Line(made, coalescer, meter), {"prompt": "a"})
     with pytest.raises(UpstreamBroke, match="interrupted"):
