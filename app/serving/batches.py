@@ -15,7 +15,7 @@ import msgspec
 
 from app.backends.base import BufferedBody, Reply
 from app.domain import Route
-from app.errors import UpstreamBroke, UpstreamError
+from app.errors import LoragateError, UpstreamBroke, UpstreamError
 from app.serving.fleet import Fleet
 from app.serving.forward import Forwarder
 from app.serving.gather import gather
@@ -124,7 +124,7 @@ class _Batch:
         longest = max(places, key=lambda place: len(self.prompts[place]))
         try:
             found = await find(places, longest, self._refused)
-        except UpstreamError:
+        except LoragateError:
             return refusal
         if found is None:
             return refusal

@@ -90,8 +90,14 @@ class InferenceRequest:
 
     @property
     def prefix(self) -> memoryview:
-        """The beginning of `content`: requests that share it share a prefix cache."""
-        return memoryview(self.content or b"")[:PREFIX_BYTES]
+        """The beginning of `content`: requests that share it share a prefix cache.
+
+        Of an array of prompts it is the first's, as if that were alone.
+        """
+        content = memoryview(self.content or b"")
+        array = _ARRAY_OF_PROMPTS.match(content) if self.batch else None
+        start = array.end() - 1 if array is not None else 0
+        return content[start : start + PREFIX_BYTES]
 
     def only_prompt(self) -> bytes:
         """The prompt, if it is one: as it stands in the body, or in the array it is alone in."""

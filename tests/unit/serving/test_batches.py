@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.backends.base import Reply
-from app.errors import InvalidJson, LoragateError, UpstreamBroke, UpstreamTimeout
+from app.errors import AdapterLoadFailed, InvalidJson, LoragateError, UpstreamBroke, UpstreamTimeout
 from app.serving.batches import Batches
 from app.serving.forward import Forwarder
 from app.serving.meter import Meter
@@ -145,7 +145,9 @@ async def test_without_naming_the_refusal_is_as_it_came(fleet: Fleet) -> None:
         assert len(fleet.sent) <= 2
 
 
-@pytest.mark.parametrize("after", [None, UpstreamBroke("it died"), whole(404, b"{}")])
+@pytest.mark.parametrize(
+    "after", [None, UpstreamBroke("it died"), AdapterLoadFailed("gone"), whole(404, b"{}")]
+)
 async def test_a_refusal_that_does_not_come_again_names_nobody(
     fleet: Fleet, after: Reply | LoragateError | None
 ) -> None:
