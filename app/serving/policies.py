@@ -10,11 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 
-import msgspec
-
 from app.serving.affinity import blocks
 from app.serving.pool import LivePool
 from app.serving.replica import LiveReplica
+from app.serving.request import InferenceRequest
 
 #: What the parts of a score count for; together 1.
 RESIDENCY = 0.5
@@ -38,7 +37,7 @@ Fits = Callable[[LiveReplica], bool]
 def pick(
     pool: LivePool,
     name: str,
-    content: bytes | msgspec.Raw | None,
+    request: InferenceRequest,
     now: float,
     *,
     tried: Collection[LiveReplica] = (),
@@ -47,7 +46,7 @@ def pick(
     """The replica for one request of `name`, an upstream name; None if there is none.
 
     Args:
-        content: the JSON of the prompt or the messages, as it stands in the request.
+        request: its prompt's beginning counts, if there is a choice.
         now: monotonic seconds.
         tried: replicas that this request was refused by.
         fits: says of a replica whether it can answer this request at all.
@@ -58,7 +57,7 @@ def pick(
     if not usable and adapted:
         usable = _usable(pool.holders(name), name, now, tried, fits)
     if len(usable) > 1:
-        return _best(pool, name, content, now, usable, adapted=adapted)
+        return _best(pool, name, request, now, usable, adapted=adapted)
     if usable:
         return usable[0]
     if not adapted:
@@ -87,13 +86,13 @@ def _usable(
 def _best(
     pool: LivePool,
     name: str,
-    content: bytes | msgspec.Raw | None,
+    request: InferenceRequest,
     now: float,
     usable: Sequence[LiveReplica],
     *,
     adapted: bool,
 ) -> LiveReplica:
-    chain = blocks(name, content)
+    chain = blocks(name, request.prefix)
     few = _few(pool, chain, usable)
     bound = BOUND * pool.mean_load() + 2
     below = [r for r in few if r.inflight + r.line.length <= bound]

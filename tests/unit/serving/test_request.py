@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -263,11 +264,11 @@ def test_any_bytes_are_served_or_refused(body: bytes) -> None:
         ("/v1/responses", "input"),
     ],
 )
-def test_the_content_is_what_is_asked(path: str, field: str) -> None:
+def test_the_prefix_is_the_beginning_of_what_is_asked(path: str, field: str) -> None:
     content = json.dumps([{"role": "user", "content": "x" * 20_000}]).encode()
     body = b'{"model":"a", "%b" :  %b , "other":["y"]}' % (field.encode(), content)
-    assert bytes(parse(path, body).content or b"") == content
-    assert bytes(parse(path, b'{"model":"a"}').content or b"") == b""
+    assert bytes(parse(path, body).prefix) == content[:8192]
+    assert bytes(parse(path, b'{"model":"a"}').prefix) == b""
 
 
 @pytest.mark.parametrize(
@@ -362,5 +363,17 @@ def test_another_prompt_in_the_same_call() -> None:
     other = request.with_prompt(b'["b","c"]', members)
     sent = other.upstream_body("m@1")
     assert sent == b'{"model":"m@1","seed":1e400,"role":"model","user":"u","prompt":["b","c"]}'
-    assert bytes(other.content or b"") == b'["b","c"]'
-    assert (other.user, other.path) == ("u", COMPLETIONS)
+    assert bytes(other.prefix) == b'["b","c"]'
+
+
+@pytest.mark.parametrize("prompt", ['"once upon"', "[1, 2]"])
+def test_the_prefix_of_a_batch_is_its_first_prompt_s(prompt: str) -> None:
+    alone = parse(COMPLETIONS, f'{{"model":"a","prompt":{prompt}}}'.encode())
+    batch = parse(COMPLETIONS, f'{{"model":"a","prompt":[ {prompt},{prompt}]}}'.encode())
+    assert bytes(batch.prefix).startswith(bytes(alone.prefix))
+
+
+def test_another_call_is_for_the_same_user() -> None:
+    request = parse(COMPLETIONS, b'{"model":"m","prompt":"a","user":"u"}')
+    other = request.with_prompt(b'"b"', {"model": msgspec.Raw(b'"m"')})
+    assert (other.user, other.path, bytes(other.prefix)) == ("u", COMPLETIONS, b'"b"')
