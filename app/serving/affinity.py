@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 #: Bytes of JSON in a block. A block is counted when it is whole, as an engine counts its own.
-BLOCK = 512
+BLOCK = 1024
 #: Blocks remembered, in two generations.
 CAPACITY = 1 << 16
 
@@ -46,6 +46,8 @@ class PrefixTable:
     def note(self, chain: Sequence[int], bit: int) -> None:
         """A prompt with these blocks is sent to the replica of `bit`."""
         young, old = self._young, self._old
+        if young.get(chain[-1], 0) & bit:
+            return  # and so do all the blocks before it
         for block in chain:
             young[block] = young.get(block, 0) | old.get(block, 0) | bit
         if len(young) >= self._half:
