@@ -383,10 +383,11 @@ async def test_a_merged_call_is_split_over_replicas(made: FleetOfMemory) -> None
         {"prompt": ""},
         {"prompt": []},
         {"prompt": None},
+        {"prompt": "x" * 300_000},
         {"kv_transfer_params": {}},
         {"echo": True},
     ],
-    ids=str,
+    ids=lambda fields: str(fields)[:40],
 )
 async def test_what_cannot_be_shared_goes_its_own_way(line: Line, fields: Any) -> None:
     payload = {"prompt": "x"} | fields
