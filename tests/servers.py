@@ -115,7 +115,7 @@ def run_vllm(
         "max-cpu-loras": "16",
         "max-lora-rank": str(MAX_LORA_RANK),
     }
-    command = [_vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
+    command = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
     command += [part for name, value in options.items() for part in (f"--{name}", value)]
     command += ["--enable-lora", "--enforce-eager", *more]
     base_env = {
@@ -143,7 +143,7 @@ def _serve(
         yield server
 
 
-def _vllm_python() -> str:
+def vllm_python() -> str:
     named = os.environ.get("LORAGATE_TEST_VLLM_PYTHON")
     python = Path(named) if named else ROOT / ".venv-vllm" / "bin" / "python"
     if not python.exists():
