@@ -45,7 +45,7 @@ ADAPTER = "pirate"
 #: Logprobs of a sampled token do not depend on who else is in the step, but for rounding.
 TOLERANCE = 1e-3
 STARTS_VLLM_S = 300.0
-COALESCING_OFF = {"LORAGATE_COALESCE": "off"}
+COALESCING_OFF = {"LORAGATE_COALESCE": "false"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServe
 def run_vllm(
     folder: Path, *more: str, env: Mapping[str, str] | None = None
 ) -> Iterator[ModelServer]:
-    """A vLLM of your own, with more options. Without vLLM the test is skipped; not in CI."""
+    """A vLLM with our plugin of your own, with more options."""
     port = free_port()
     options = {
         "model": str(demo.MODEL_DIR),
@@ -144,6 +144,7 @@ def _serve(
 
 
 def vllm_python() -> str:
+    """The Python of a vLLM with our plugin. Without one the test is skipped; not in CI."""
     named = os.environ.get("LORAGATE_TEST_VLLM_PYTHON")
     python = Path(named) if named else ROOT / ".venv-vllm" / "bin" / "python"
     if not python.exists():
