@@ -292,66 +292,80 @@ STEPS = st.lists(
 )
 
 
+class Door:
+    """Everyone who was given a claim, and everyone who waits for one."""
+
+    def __init__(self, replica: LiveReplica) -> None:
+        self.replica = replica
+        self.running: list[str] = []
+        self.line: list[tuple[str, asyncio.Task[bool]]] = []
+
+    async def step(self, step: str, number: int) -> None:
+        replica, pool = self.replica, self.replica.in_pool
+        match step:
+            case "ask" if replica.available:
+                await self.ask(BASE if number == 5 else f"a{number}@1")
+            case "end" if self.running:
+                replica.release(self.running.pop(number % len(self.running)))
+            case "leave" if self.line:
+                self.line[number % len(self.line)][1].cancel()
+            case "pass":
+                clock_of(replica).at += QUANTUM_S / 2
+            case "sick":
+                replica.turned(ReplicaState.UNHEALTHY, "so")
+            case "well":
+                replica.turned(ReplicaState.HEALTHY, "so")
+            case "resize":
+                pool.configure(replace(pool.config, max_loras=1 + number % 3))
+
+    async def ask(self, name: str) -> None:
+        if self.replica.takes(name):
+            self.replica.claim(name)
+            self.running.append(name)
+        else:
+            self.line += [(name, task) for task in await waiting(self.replica, name)]
+
+    async def settled(self) -> None:
+        await woken()
+        for entry in [entry for entry in self.line if entry[1].done()]:
+            self.line.remove(entry)
+            if not entry[1].cancelled() and entry[1].result():
+                self.running.append(entry[0])
+
+    def check(self) -> None:
+        replica, pool = self.replica, self.replica.in_pool
+        asked = Counter(self.running)
+        del asked[BASE]
+        assert replica.inflight == pool.inflight == len(self.running)
+        assert replica.busy == asked
+        assert replica.line.length == pool.waiting == len(self.line)
+        assert not [n for n, _ in self.line if replica.takes(n)], "waits while a place is free"
+        assert replica.available or not self.line
+
+    async def closed(self) -> None:
+        for _, task in self.line:
+            task.cancel()
+        await self.settled()
+        while self.running or self.line:
+            self.replica.release(self.running.pop())
+            await self.settled()
+
+
 @settings(max_examples=300, deadline=None)
-@given(
-    steps=STEPS,
-    slots=st.integers(1, 3),
-    places=st.integers(1, 4),
-)
+@given(steps=STEPS, slots=st.integers(1, 3), places=st.integers(1, 4))
 async def test_claims_conserve_and_nobody_waits_while_a_place_is_free(
     steps: list[tuple[str, int]], slots: int, places: int
 ) -> None:
     (replica,) = replicas(max_loras=slots, max_inflight=places)
-    pool = replica.in_pool
-    running: list[str] = []
-    line: list[tuple[str, asyncio.Task[bool]]] = []
-
-    async def settled() -> None:
-        await woken()
-        for entry in [entry for entry in line if entry[1].done()]:
-            line.remove(entry)
-            if not entry[1].cancelled() and entry[1].result():
-                running.append(entry[0])
-
+    door = Door(replica)
     for step, number in steps:
-        name = BASE if number == 5 else f"a{number}@1"
-        if step == "ask" and replica.available:
-            if replica.takes(name):
-                replica.claim(name)
-                running.append(name)
-            else:
-                line += [(name, task) for task in await waiting(replica, name)]
-        elif step == "end" and running:
-            replica.release(running.pop(number % len(running)))
-        elif step == "leave" and line:
-            line[number % len(line)][1].cancel()
-            continue  # and what comes next comes before the loop gets to it
-        elif step == "pass":
-            clock_of(replica).at += QUANTUM_S / 2
-            continue
-        elif step in ("sick", "well"):
-            to = ReplicaState.HEALTHY if step == "well" else ReplicaState.UNHEALTHY
-            replica.turned(to, "so")
-        elif step == "resize":
-            pool.configure(replace(pool.config, max_loras=1 + number % 3))
-        await settled()
-        asked = Counter(running)
-        del asked[BASE]
-        assert replica.inflight == pool.inflight == len(running)
-        assert replica.busy == asked
-        assert replica.line.length == pool.waiting == len(line)
-        assert not [n for n, _ in line if replica.takes(n)], "waits while a place is free"
-        assert replica.available or not line
-    for _, task in line:
-        task.cancel()
-    await settled()
-    while running or line:
-        for name in running[:]:
-            running.remove(name)
-            replica.release(name)
-        await settled()
+        await door.step(step, number)
+        if step not in ("leave", "pass"):  # after those, the next comes before the loop gets to it
+            await door.settled()
+            door.check()
+    await door.closed()
+    door.check()
     assert (replica.inflight, replica.busy, replica.line.length) == (0, {}, 0)
-    assert (pool.inflight, pool.waiting) == (0, 0)
 
 
 # load and health
