@@ -31,7 +31,9 @@ format: $(VENV)/.test  ## format and fix what can be fixed
 bench: $(VENV)/.bench .venv-vllm/.done  ## measure the gateway, beside its peers and on a vLLM; writes bench/results
 	@$(BIN)/python -m bench.overhead $(ARGS)
 	@$(BIN)/python -m bench.registry_scale
+	@$(BIN)/python -m bench.routing
 	@$(BIN)/python -m bench.batching
+	@$(BIN)/python -m bench.plots
 
 migration: $(VENV)/.test  ## write a migration from the tables: make migration m="add a column"
 	@$(BIN)/alembic revision --autogenerate -m "$(m)"

@@ -106,6 +106,7 @@ class Event(StrEnum):
     ADAPTER_UNLOADED = "adapter.unloaded"
     ADAPTER_LOST = "adapter.lost"
     ADAPTER_QUARANTINED = "adapter.quarantined"
+    ADAPTER_UNVERIFIED = "adapter.unverified"
     ALIAS_MOVED = "alias.moved"
     PROBE_CHANGED = "probe.changed"
     KEY_CREATED = "key.created"

@@ -13,7 +13,6 @@ a second of the highest step it kept.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +22,9 @@ import uvloop
 from bench.measure import Misbehaved
 from bench.openloop import Outcome, Shot, Volley, fire
 from bench.processes import Unusable
+from bench.sim import figures
+from bench.sim.prefix import PrefixCache, block_keys
+from bench.sim.requests import conversation_of, parse
 from bench.simulated import Ground
 from bench.traffic import Call, Workload, body, trace
 
@@ -31,8 +33,7 @@ KEPT = 0.99
 #: How long the last requests of a run may take, in simulated seconds, before they are given up.
 PATIENCE_S = 8.0
 
-#: Beyond these the sender or the simulator is measured, not the gateway. Wall milliseconds.
-LATE_MS = 10.0
+#: Beyond these, and beyond a plan's `late_ms`, it is not the gateway that is measured.
 SENDER_SHARE = 0.6
 LOAD_CORE_SHARE = 0.92
 ATTEMPTS = 2
@@ -40,15 +41,19 @@ ATTEMPTS = 2
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much to measure. The ladder's steps are `first_rate * step**n`."""
+    """How much to measure. The ladder's steps are `first_rate * step**n`.
 
-    speed: float = 8.0
-    common_rate: float = 24.0
+    `late_ms` of the wall clock is how late the sender may be with the latest 1 % of requests.
+    """
+
+    speed: float = 2.5
+    common_rate: float = 16.0
     common_requests: int = 4000
-    ladder_s: float = 40.0
-    first_rate: float = 12.0
+    ladder_s: float = 30.0
+    first_rate: float = 10.0
     step: float = 1.12
-    steps: int = 20
+    steps: int = 24
+    late_ms: float = 10.0
     workload: Workload = field(default_factory=Workload)
 
     def rate(self, number: int) -> float:
@@ -83,7 +88,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """How a contender is asked: by which names, with which header lines beside the usual."""
+    """How a contender is asked: by which names, with which header lines beside those of all."""
 
     model: Callable[[int], str]
     answered_by: Callable[[int], str]
@@ -96,6 +101,19 @@ def cold(ground: Ground, plan: Plan, ask: Ask) -> Figures:
     return _run(ground, plan, ask, calls, plan.common_rate, attempts=1)
 
 
+def most_cached_tokens(plan: Plan) -> int:
+    """Prefix-hit tokens of the cold run if every prefix were computed once and never forgotten."""
+    cache = PrefixCache(1 << 40)
+    size = figures.read().block_tokens
+    found = 0
+    for call in trace(plan.workload, plan.common_rate, plan.common_requests):
+        ask = parse(body(plan.workload, call, "any"))
+        keys = block_keys(str(call.adapter), conversation_of(ask), size)
+        found += cache.leading(keys) * size
+        cache.add(keys)
+    return found
+
+
 def limit(ground: Ground, plan: Plan, ask: Ask, tell: Callable[[Figures], None]) -> list[Figures]:
     """Bisect the ladder with warm replicas; every run that was needed, by rate."""
     low, high = -1, plan.steps
@@ -104,9 +122,9 @@ def limit(ground: Ground, plan: Plan, ask: Ask, tell: Callable[[Figures], None])
         middle = (low + high) // 2
         rate = plan.rate(middle)
         calls = trace(plan.workload, rate, int(rate * plan.ladder_s))
-        runs[middle] = figures = _run(ground, plan, ask, calls, rate, attempts=ATTEMPTS)
-        tell(figures)
-        low, high = (middle, high) if figures.kept else (low, middle)
+        runs[middle] = run = _run(ground, plan, ask, calls, rate, attempts=ATTEMPTS)
+        tell(run)
+        low, high = (middle, high) if run.kept else (low, middle)
     return [runs[number] for number in sorted(runs)]
 
 
@@ -120,23 +138,23 @@ def _run(
     """One volley; again if the sender lagged, and then no figures at all."""
     for attempt in range(attempts):
         ground.quiet()
-        figures = _volley(ground, plan, ask, calls, rate)
-        lagged = lag_of(figures)
+        run = _volley(ground, plan, ask, calls, rate)
+        lagged = lag_of(run, plan.late_ms)
         if lagged is None:
-            return figures
-        print(f"        {lagged}", flush=True)
+            return run
+        print(f"{ground.contender.name:<28} {lagged}", flush=True)
         if attempt + 1 < attempts:
             continue
     raise Unusable(f"{lagged}; let nothing else run on this machine, or lower the speed")
 
 
-def lag_of(figures: Figures) -> str | None:
+def lag_of(run: Figures, late_ms: float) -> str | None:
     """Why a run says nothing of the gateway, if it does not."""
-    if figures.late_p99_ms > LATE_MS:
-        return f"1 % of the requests left {figures.late_p99_ms:.1f} ms late or more"
-    if figures.sender_share > SENDER_SHARE:
-        return f"the sender needed {figures.sender_share:.0%} of its core"
-    both = figures.sender_share + figures.simulator_share
+    if run.late_p99_ms > late_ms:
+        return f"1 % of the requests left {run.late_p99_ms:.1f} ms late or more"
+    if run.sender_share > SENDER_SHARE:
+        return f"the sender needed {run.sender_share:.0%} of its core"
+    both = run.sender_share + run.simulator_share
     if both > LOAD_CORE_SHARE:
         return f"sender and simulator together needed {both:.0%} of their core"
     return None
@@ -166,7 +184,8 @@ def _shot(ground: Ground, plan: Plan, ask: Ask, call: Call) -> Shot:
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{ground.port}\r\n"
         f"authorization: Bearer {ground.contender.key}\r\ncontent-type: application/json\r\n"
-        f"{ask.headers(call.adapter)}content-length: {len(content)}\r\n\r\n"
+        f"x-user-id: {call.user}\r\n{ask.headers(call.adapter)}"
+        f"content-length: {len(content)}\r\n\r\n"
     )
     # The simulator's answer begins with the adapter that gave it: the answer's, not the label's.
     expected = f'"content":"{ask.answered_by(call.adapter)}"'.encode()
@@ -218,9 +237,3 @@ def _first_ms(outcome: Outcome, scale: float) -> float:
 
 def percentile(ordered: list[float], part: float) -> float:
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
-
-
-def run_async(work: Any) -> Any:
-    """A coroutine on the loop that the sender uses."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)

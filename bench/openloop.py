@@ -8,10 +8,11 @@ lags would flatter whom it measures. Times are those of the wall.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import httptools
@@ -28,7 +29,8 @@ class Shot:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a shot. `first_s` counts from when it was due, not from when it left."""
+    """What became of a shot. `first_s` counts from when it was due; `late_s` is the sender's own
+    part of that: a gateway that is slow to accept a connection is not the sender's fault."""
 
     late_s: float = 0.0
     first_s: float | None = None
@@ -45,10 +47,23 @@ class Volley:
     cpu_share: float
 
 
-@dataclass(slots=True)
 class _Open:
-    idle: list[_Flight] = field(default_factory=list)
-    flying: set[_Flight] = field(default_factory=set)
+    """The open connections: idle ones, and those a request is under way on."""
+
+    def __init__(self) -> None:
+        self.idle: list[_Flight] = []
+        self.flying: set[_Flight] = set()
+        self._still = asyncio.Event()
+
+    async def landed(self) -> None:
+        """Wait until no request is under way."""
+        while self.flying:
+            self._still.clear()
+            await self._still.wait()
+
+    def land(self, flight: _Flight) -> None:
+        self.flying.discard(flight)
+        self._still.set()
 
 
 class _Flight(asyncio.Protocol):
@@ -57,7 +72,7 @@ class _Flight(asyncio.Protocol):
     def __init__(self, pool: _Open) -> None:
         self._pool = pool
         self._outcome: Outcome | None = None
-        self._started = asyncio.get_running_loop().time
+        self._now = asyncio.get_running_loop().time
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
@@ -67,14 +82,13 @@ class _Flight(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._body: list[bytes] = []
         self._pool.flying.add(self)
-        outcome.late_s = self._started() - due_at
         self.transport.write(shot.message)
 
     def give_up(self, why: str) -> None:
         if self._outcome is not None:
             self._outcome.trouble = why
             self._outcome = None
-        self._pool.flying.discard(self)
+        self._pool.land(self)
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -87,12 +101,12 @@ class _Flight(asyncio.Protocol):
             and outcome.first_s is None
             and self._parser.get_status_code() == 200
         ):
-            outcome.first_s = self._started() - self._due_at
+            outcome.first_s = self._now() - self._due_at
         self._body.append(body)
 
     def on_message_complete(self) -> None:
         outcome, self._outcome = self._outcome, None
-        self._pool.flying.discard(self)
+        self._pool.land(self)
         if outcome is None:
             return
         said = b"".join(self._body)
@@ -111,7 +125,7 @@ class _Flight(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self in self._pool.idle:
             self._pool.idle.remove(self)
-        self._pool.flying.discard(self)
+        self._pool.land(self)
         if self._outcome is not None:
             self._outcome.trouble = f"the connection was lost: {exc}"
             self._outcome = None
@@ -131,13 +145,14 @@ async def fire(port: int, shots: Sequence[Shot], *, patience_s: float) -> Volley
                 due_at = start + shot.due_s
                 if (wait_s := due_at - loop.time()) > 0:
                     await asyncio.sleep(wait_s)
+                outcome.late_s = loop.time() - due_at
                 if pool.idle:
                     pool.idle.pop().fly(shot, outcome, due_at)
                 else:
                     connecting.create_task(_connect(pool, port, shot, outcome, due_at))
-        deadline = loop.time() + patience_s
-        while pool.flying and loop.time() < deadline:
-            await asyncio.sleep(0.005)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await pool.landed()
         wall_s = loop.time() - start
         cpu_share = (time.process_time() - cpu_s) / wall_s
     finally:

@@ -74,6 +74,17 @@ def choose_cores() -> Cores:
     return Cores(gateway=allowed[0], load=allowed[1])
 
 
+@contextlib.contextmanager
+def staying_on(core: int) -> Iterator[None]:
+    """Keep this process on one core for the length of the block."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def free_port() -> int:
     """A TCP port nobody listens on, chosen by the system."""
     with socket.socket() as probe:

@@ -18,7 +18,7 @@ WORD_BYTES = 6
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Chats with many adapters, each of which has a few long system prompts of its own.
+    """Chats with many adapters, each of which has users and a few long system prompts of its own.
 
     Popularity of adapters follows Zipf's law with `exponent`; `tail_tokens` and `answer_tokens`
     are the least and the most, drawn evenly.
@@ -27,6 +27,7 @@ class Workload:
     adapters: int = 200
     exponent: float = 1.0
     systems_each: int = 3
+    users_each: int = 20
     system_tokens: int = 1000
     tail_tokens: tuple[int, int] = (20, 100)
     answer_tokens: tuple[int, int] = (8, 40)
@@ -35,13 +36,14 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of a trace. `due_s` is simulated time."""
+    """One request of a trace. `due_s` is simulated time; `user` is one of the adapter's."""
 
     due_s: float
     adapter: int
     system: int
     tail: str
     answer_tokens: int
+    user: str
 
 
 def trace(workload: Workload, rate: float, count: int) -> list[Call]:
@@ -62,6 +64,7 @@ def trace(workload: Workload, rate: float, count: int) -> list[Call]:
                 draw.randrange(workload.systems_each),
                 _words(draw.randrange(1 << 30), draw.randint(*workload.tail_tokens)),
                 draw.randint(*workload.answer_tokens),
+                f"user-{adapter:05}-{draw.randrange(workload.users_each)}",
             )
         )
     return calls

@@ -102,7 +102,7 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServe
 def run_vllm(
     folder: Path, *more: str, env: Mapping[str, str] | None = None
 ) -> Iterator[ModelServer]:
-    """A vLLM of your own, with more options. Without vLLM the test is skipped; not in CI."""
+    """A vLLM with our plugin of your own, with more options."""
     port = free_port()
     options = {
         "model": str(demo.MODEL_DIR),
@@ -115,7 +115,7 @@ def run_vllm(
         "max-cpu-loras": "16",
         "max-lora-rank": str(MAX_LORA_RANK),
     }
-    command = [_vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
+    command = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
     command += [part for name, value in options.items() for part in (f"--{name}", value)]
     command += ["--enable-lora", "--enforce-eager", *more]
     base_env = {
@@ -143,7 +143,8 @@ def _serve(
         yield server
 
 
-def _vllm_python() -> str:
+def vllm_python() -> str:
+    """The Python of a vLLM with our plugin. Without one the test is skipped; not in CI."""
     named = os.environ.get("LORAGATE_TEST_VLLM_PYTHON")
     python = Path(named) if named else ROOT / ".venv-vllm" / "bin" / "python"
     if not python.exists():

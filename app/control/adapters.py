@@ -69,8 +69,12 @@ async def register(
     metadata: Mapping[str, Any] | None = None,
     probe: Probe | None = None,
     create: bool | None = None,
+    move_aliases: bool = True,
 ) -> Registered:
     """Add checked, stored weights as the next version of `name`, and move `latest` to it.
+
+    Without `move_aliases`, `latest` and `alias` stay where they are if they are somewhere, and the
+    answer is `pending`: `release` moves them.
 
     `create`: True wants a new adapter (else Conflict), False an existing one (else NotFound),
     None takes either. The same weights as the newest version answer that version, unchanged but
@@ -113,16 +117,49 @@ async def register(
             targets_lm_head=facts.targets_lm_head,
         )
         session.add(version)
-        await move(session, clock, row, LATEST, ((version.number, 1),))
-    if alias is not None and alias != LATEST:
+    if alias is not None:
         check_alias(alias)
+    pending = not (made or move_aliases or await _ever_latest(session, row, version.number))
+    if created and not pending:
+        await move(session, clock, row, LATEST, ((version.number, 1),))
+    if alias is not None and alias != LATEST and not pending:
         await move(session, clock, row, alias, ((version.number, 1),))
     if probe is not None:
         version.probe = probes.stored(probe)
     if created or alias is not None or probe is not None:
         await touch(session, row)
     probed = await rows.is_probed(session, version)
-    return Registered(await rows.view(session, row), version_view(name, version, probed), created)
+    view = await rows.view(session, row)
+    return Registered(view, version_view(name, version, probed), created, pending)
+
+
+async def release(
+    session: AsyncSession, clock: Clock, *, name: str, number: int, alias: str | None
+) -> AdapterView:
+    """Move `latest`, and `alias`, to a registered version; not back from a newer one."""
+    row = await rows.get(session, name, lock=True)
+    version = await rows.get_version(session, row, number)
+    newest = await rows.newest(session, row)
+    if newest is not None and newest.number == version.number:
+        await move(session, clock, row, LATEST, ((number, 1),))
+    if alias is not None and alias != LATEST:
+        await move(session, clock, row, alias, ((number, 1),))
+    await touch(session, row)
+    return await rows.view(session, row)
+
+
+async def _ever_latest(session: AsyncSession, row: AdapterRow, number: int) -> bool:
+    """Whether `latest` points, or once pointed, to a version."""
+    targets = [[number, 1]]
+    current = await session.get(AliasRow, (row.id, LATEST))
+    if current is not None and current.targets == targets:
+        return True
+    moves = await session.scalars(
+        select(AliasMoveRow.before).where(
+            AliasMoveRow.adapter_id == row.id, AliasMoveRow.alias == LATEST
+        )
+    )
+    return targets in list(moves)
 
 
 async def list_(

@@ -3,20 +3,21 @@
 What comes in: a request and the rooms it needs. What goes out: `Registered`. In three steps, of
 which only the last holds a transaction: look (is this allowed at all?), admit (bytes into the
 store, checked), write. A crash between the last two leaves files no row knows, which `sweep`
-collects; the other way round cannot happen.
+collects; the other way round cannot happen. Where the adapter is being used a fourth follows,
+release: its aliases move on once the new version is loaded there.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from sqlalchemy import select
 
 from app.clock import Clock
-from app.control import adapters
+from app.control import adapters, rollout
 from app.control.driver import Activator
 from app.control.intake import Admitted, Candidate, Source, admit
 from app.control.pools import base_of, pool_of
@@ -24,14 +25,14 @@ from app.control.views import Registered
 from app.db.blobs import AdapterStore
 from app.db.engine import Database
 from app.db.tables import BaseModelRow, PoolRow
-from app.errors import InvalidRequest, NotFound
+from app.errors import AdapterLoadFailed, InvalidRequest, NotFound
 from app.settings import Settings
 from app.telemetry import Event, log
 
 logger = logging.getLogger(__name__)
 
 
-class Rooms(Protocol):
+class Rooms(rollout.Rooms, Protocol):
     """What registration needs of the running gateway."""
 
     @property
@@ -72,7 +73,9 @@ async def register(rooms: Rooms, request: Registration) -> Registered:
     admitted = await admit(
         request.source, candidates=candidates, store=rooms.store, settings=rooms.settings
     )
-    registered = await _write(rooms, request, admitted)
+    # One that is being used is moved on only when its next version is where it is used.
+    used = rollout.in_use(rooms, request.name)
+    registered = await _write(rooms, request, admitted, move_aliases=not used)
     await rooms.publish.settle()
     log(
         logger,
@@ -85,7 +88,24 @@ async def register(rooms: Rooms, request: Registration) -> Registered:
         base_model=admitted.base_model,
         by=request.by,
     )
-    return registered
+    return await _release(rooms, request, registered) if registered.pending else registered
+
+
+async def _release(rooms: Rooms, request: Registration, registered: Registered) -> Registered:
+    """Move the aliases to a version once it is loaded, and verified, where they are used."""
+    number = registered.version.number
+    try:
+        await rollout.prepare(rooms, request.name, [number])
+    except AdapterLoadFailed as exc:
+        raise type(exc)(
+            f"{request.name}@{number} is registered, but its aliases stay where they were. {exc}"
+        ) from exc
+    async with rooms.db.begin() as session:
+        view = await adapters.release(
+            session, rooms.clock, name=request.name, number=number, alias=request.alias
+        )
+    await rooms.publish.settle()
+    return replace(registered, adapter=view, pending=False)
 
 
 async def _look(rooms: Rooms, request: Registration) -> list[Candidate]:
@@ -112,7 +132,9 @@ async def _look(rooms: Rooms, request: Registration) -> list[Candidate]:
     raise InvalidRequest("There is no pool yet: add one first.", param="base_model")
 
 
-async def _write(rooms: Rooms, request: Registration, admitted: Admitted) -> Registered:
+async def _write(
+    rooms: Rooms, request: Registration, admitted: Admitted, *, move_aliases: bool
+) -> Registered:
     async with rooms.db.begin() as session:
         return await adapters.register(
             session,
@@ -126,4 +148,5 @@ async def _write(rooms: Rooms, request: Registration, admitted: Admitted) -> Reg
             metadata=request.metadata,
             probe=admitted.probe,
             create=request.create,
+            move_aliases=move_aliases,
         )

@@ -80,11 +80,16 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """The answer to a registration; `created` is False when these weights were there already."""
+    """The answer to a registration.
+
+    `created` is False when these weights were there already. `pending`: no alias was moved to the
+    version yet.
+    """
 
     adapter: AdapterView
     version: VersionView
     created: bool
+    pending: bool = False
 
 
 def as_targets(stored: Sequence[Sequence[int]]) -> Targets:

@@ -14,7 +14,7 @@ from pathlib import Path
 from app.backends.base import Backend
 from app.clock import Clock
 from app.domain import AdapterVersion, Replica, ReplicaState, Route
-from app.errors import LoragateError, UpstreamError
+from app.errors import AdapterLoadFailed, LoragateError, UpstreamError
 from app.serving.loads import FindProbe, Loads, no_probe
 from app.serving.pool import LivePool
 from app.serving.replica import LiveReplica
@@ -55,6 +55,7 @@ class Fleet:
         self._clock = clock
         self._replicas: dict[str, LiveReplica] = {}
         self._departing: set[LiveReplica] = set()
+        self._snapshot = Snapshot()
 
     async def __aenter__(self) -> Fleet:
         await self.loads.__aenter__()
@@ -94,8 +95,37 @@ class Fleet:
             usable.append(more)
         return usable
 
+    async def prepare(self, version: AdapterVersion, pool: str, like: Iterable[str]) -> None:
+        """Load a version on the replicas that hold those it will replace.
+
+        If none does, one that carries a probe is loaded on one replica, to verify it. A replica
+        that cannot be asked is left to the requests that will come.
+
+        Raises:
+            AdapterLoadFailed: every replica asked refuses it, or serves it wrongly.
+        """
+        found = self.pools.get(pool)
+        if found is None:
+            return
+        name = version.upstream_name
+        homes = {r: None for old in like for r in found.holders(old) if r.available}
+        if not homes and version.probed:
+            now = self._clock.monotonic()
+            homes = {r: None for r in found.candidates(name, now)[:1] if r.available}
+        ended = await asyncio.gather(
+            *(self.loads.load(replica, version) for replica in homes), return_exceptions=True
+        )
+        ready = [r for r, error in zip(homes, ended, strict=True) if error is None]
+        failures = [error for error in ended if isinstance(error, AdapterLoadFailed)]
+        if failures and not ready:
+            raise failures[0]
+        if ready:
+            found.homes[name] = tuple(ready)
+            found.forget_candidates(name)
+
     async def sync(self, snapshot: Snapshot) -> None:
         """Follow the registry: replicas that came, changed or went."""
+        self._snapshot = snapshot
         self.loads.follow(snapshot.pools)
         now = self._clock.monotonic()
         for name, config in snapshot.pools.items():
@@ -153,7 +183,9 @@ class Fleet:
             restarted = before is not None and before.started_at != status.started_at
             if replica.state is not ReplicaState.HEALTHY or restarted:
                 replica.features = await replica.backend.features()
-                replica.restarted(await replica.backend.list_adapters())
+                known = await replica.backend.list_adapters()
+                versions = map(self._snapshot.version, known)
+                replica.restarted(known, (v for v in versions if v is not None))
         except UpstreamError as exc:
             replica.turned(ReplicaState.UNHEALTHY, str(exc))
             return

@@ -20,6 +20,7 @@ from app.errors import (
     NoReplicaAvailable,
     PoolFull,
     ProbeFailed,
+    PromptLogprobsUnsupported,
     UpstreamBroke,
     UpstreamError,
     UpstreamRefused,
@@ -28,6 +29,7 @@ from app.serving import retries
 from app.serving.fleet import Fleet
 from app.serving.policies import pick
 from app.serving.pool import LivePool
+from app.serving.prompt_logprobs import refusal
 from app.serving.replica import LiveReplica
 from app.serving.request import InferenceRequest
 
@@ -111,12 +113,11 @@ class Forwarder:
             else:
                 replica.breaker.succeeded()
                 reply.replica = replica.id
-                reply.version = name if route.version is not None else ""
                 return reply.on_close(partial(replica.release, name))
             tried.append(replica)
             if not await self._again(pool, failures):
                 break
-        return _outcome(pool, route, failures)
+        return _outcome(pool, request, route, failures)
 
     def _pick(
         self,
@@ -128,11 +129,12 @@ class Forwarder:
     ) -> LiveReplica | None:
         now = self._clock.monotonic()
         name = route.upstream_name
-        if prefer is not None:
-            for replica in pool.replicas:
-                if replica.id == prefer and replica not in tried and replica.allows(now):
-                    return replica
-        return pick(pool, name, request.content, now, tried=tried)
+        fits = partial(_right, route.version) if request.wants_prompt_logprobs else None
+        for replica in pool.replicas if prefer is not None else ():
+            able = replica.allows(now) and (fits is None or fits(replica))
+            if replica.id == prefer and able and replica not in tried:
+                return replica
+        return pick(pool, name, request, now, tried=tried, fits=fits)
 
     async def _send(self, replica: LiveReplica, request: InferenceRequest, route: Route) -> Reply:
         body = request.upstream_body(route.upstream_name)
@@ -217,7 +219,14 @@ async def _wait(pool: LivePool, replica: LiveReplica, name: str) -> bool:
     return await replica.wait(name)
 
 
-def _outcome(pool: LivePool, route: Route, failures: list[LoragateError]) -> Reply:
+def _right(version: AdapterVersion | None, replica: LiveReplica) -> bool:
+    """Whether a replica gets prompt logprobs of a version right."""
+    return refusal(version, replica.features, lm_head_loaded=bool(replica.lm_head)) is None
+
+
+def _outcome(
+    pool: LivePool, request: InferenceRequest, route: Route, failures: list[LoragateError]
+) -> Reply:
     """What is told when no replica is left to try: what a replica said, if one did."""
     for failure in reversed(failures):
         if isinstance(failure, Overloaded):
@@ -228,6 +237,12 @@ def _outcome(pool: LivePool, route: Route, failures: list[LoragateError]) -> Rep
     for replica in pool.replicas:
         if (why := replica.quarantined.get(route.upstream_name)) is not None:
             raise ProbeFailed(why)
+    if request.wants_prompt_logprobs:
+        for replica in pool.replicas:
+            lm_head = bool(replica.lm_head)
+            why = refusal(route.version, replica.features, lm_head_loaded=lm_head)
+            if replica.available and why is not None:
+                raise PromptLogprobsUnsupported(why)
     raise _nobody(route)
 
 

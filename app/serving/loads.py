@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 
 from app.clock import Clock
 from app.domain import AdapterVersion, Pool, Probe
-from app.errors import AdapterLoadFailed, LoragateError, ProbeFailed, UpstreamBroke
+from app.errors import AdapterLoadFailed, LoragateError, ProbeFailed, UpstreamBroke, UpstreamError
+from app.serving.prompt_logprobs import refusal
 from app.serving.replica import LiveReplica
 from app.serving.verify import compare
 from app.telemetry import Event, log
@@ -124,7 +125,7 @@ class Loads:
         try:
             async with replica.load_turn:
                 if not replica.holds(name, version.digest):
-                    await self._load(replica, name, path)
+                    await self._load(replica, version, path)
                 if version.probed:
                     await self._verify(replica, version)
         except LoragateError as exc:
@@ -144,7 +145,8 @@ class Loads:
             replica.loads.pop(name, None)
             replica.in_pool.forget_candidates(name)
 
-    async def _load(self, replica: LiveReplica, name: str, path: str) -> None:
+    async def _load(self, replica: LiveReplica, version: AdapterVersion, path: str) -> None:
+        name = version.upstream_name
         started = self._clock.monotonic()
         try:
             await replica.backend.load_adapter(name, path)
@@ -153,34 +155,30 @@ class Loads:
             raise
         self._count(replica, "loaded")
         replica.residency.loaded(name, path)
+        if version.targets_lm_head:
+            replica.lm_head.add(name)
         duration_s = round(self._clock.monotonic() - started, 4)
-        log(
-            logger,
-            logging.INFO,
-            Event.ADAPTER_LOADED,
-            replica=replica.id,
-            adapter=name,
-            duration_s=duration_s,
-        )
+        _log(logging.INFO, Event.ADAPTER_LOADED, replica, name, duration_s=duration_s)
 
     async def _verify(self, replica: LiveReplica, version: AdapterVersion) -> None:
         name = version.upstream_name
         probe = await self._find_probe(version)
         if probe is not None:
-            served = await replica.backend.score(name, probe.token_ids)
-            verdict = compare(probe, served, replica.features.dtype or "unknown")
-            if not verdict.ok:
+            unproven = refusal(version, replica.features)
+            if unproven is None:
+                try:
+                    served = await replica.backend.score(name, probe.token_ids)
+                except UpstreamError as exc:
+                    if type(exc) is not UpstreamError:
+                        raise
+                    unproven = str(exc)  # it declines: the probe is longer than its context, say
+            if unproven is not None:
+                _log(logging.WARNING, Event.ADAPTER_UNVERIFIED, replica, name, reason=unproven)
+            elif not (verdict := compare(probe, served, replica.features.dtype or "")).ok:
                 why = f"The replica {replica.id} serves {name!r} wrongly: {verdict}"
                 replica.quarantined[name] = why
                 self._count(replica, "quarantined")
-                log(
-                    logger,
-                    logging.ERROR,
-                    Event.ADAPTER_QUARANTINED,
-                    replica=replica.id,
-                    adapter=name,
-                    reason=str(verdict),
-                )
+                _log(logging.ERROR, Event.ADAPTER_QUARANTINED, replica, name, reason=str(verdict))
                 raise ProbeFailed(why)
         replica.verified.add(name)
 
@@ -198,6 +196,10 @@ class Loads:
     def _count(self, replica: LiveReplica, result: str) -> None:
         key = (replica.pool, result)
         self.counts[key] = self.counts.get(key, 0) + 1
+
+
+def _log(level: int, event: Event, replica: LiveReplica, adapter: str, **fields: object) -> None:
+    log(logger, level, event, replica=replica.id, adapter=adapter, **fields)
 
 
 def _settle(load: asyncio.Future[None], error: LoragateError | None) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from itertools import count
 from typing import TYPE_CHECKING
 
 from app.backends.base import Backend, EngineStatus, Features
 from app.clock import Clock
-from app.domain import Replica, ReplicaState
+from app.domain import AdapterVersion, Replica, ReplicaState
 from app.serving.breaker import Breaker
 from app.serving.line import Line, Waiter
 from app.serving.rendezvous import key
@@ -249,14 +250,18 @@ class LiveReplica:
         path = self.residency.known.get(upstream_name)
         return path is not None and path.endswith(digest)
 
-    def restarted(self, known: dict[str, str]) -> None:
-        """The engine is another one than before: its caches are empty but for what it lists."""
+    def restarted(self, known: dict[str, str], versions: Iterable[AdapterVersion]) -> None:
+        """The engine is another one than before: its caches are empty but for what it lists.
+
+        `versions` are those of the registry among `known`.
+        """
         self.residency.restart(known)
         self._used = ""
         self.bit = self.in_pool.new_bit()
         self.refused.clear()
         self.quarantined.clear()
         self.verified.clear()
+        self.lm_head = {v.upstream_name for v in versions if v.targets_lm_head}
         self.in_pool.forget_candidates()
 
     def forget(self, upstream_name: str) -> bool:

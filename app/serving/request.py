@@ -16,6 +16,8 @@ from app.errors import InvalidJson, InvalidRequest
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+#: As much of a prompt as can decide where it goes.
+PREFIX_BYTES = 8 << 10
 
 _KEY = b'"model"'
 #: How every letter of `model` begins when spelled with an escape; no encoder does that to a letter.
@@ -25,6 +27,7 @@ _KEY_AND_COLON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
 #: Paths whose streams end with a usage event if `stream_options` asks for one.
 _STREAM_OPTIONS_PATHS = frozenset({COMPLETIONS, CHAT})
 #: A list of token ids is one prompt; a list of strings or of lists is many.
+_ARRAY_OF_ONE = re.compile(rb'\[\s*("[^"\\]*+(?:\\.[^"\\]*+)*+"|\[[^\[\]]*+\])\s*\]', re.DOTALL)
 _ARRAY_OF_PROMPTS = re.compile(rb'\[[ \t\r\n]*["\[]')
 
 
@@ -71,7 +74,7 @@ class InferenceRequest:
     a stream that would end without telling how many tokens it took. `content` is the JSON of the
     prompt, the messages or the input, as it stands in the body. `batch`: the prompt is an array of
     prompts. `session` is the one that the client's headers name. `scoring`: one prompt, not
-    streamed, of which at most one token is generated.
+    streamed, from which at most one token is generated.
     """
 
     path: str
@@ -86,6 +89,23 @@ class InferenceRequest:
     streams: bool = False
     batch: bool = False
     scoring: bool = False
+
+    @property
+    def prefix(self) -> memoryview:
+        """The beginning of `content`: requests that share it share a prefix cache.
+
+        Of an array of prompts it is the first's, as if that were alone.
+        """
+        content = memoryview(self.content or b"")
+        array = _ARRAY_OF_PROMPTS.match(content) if self.batch else None
+        start = array.end() - 1 if array is not None else 0
+        return content[start : start + PREFIX_BYTES]
+
+    def only_prompt(self) -> bytes:
+        """The prompt, if it is one: as it stands in the body, or in the array it is alone in."""
+        content = bytes(self.content or b"")
+        alone = _ARRAY_OF_ONE.fullmatch(content) if self.batch else None
+        return content if alone is None else alone[1]
 
     def with_prompt(self, prompt: bytes, members: dict[str, msgspec.Raw]) -> InferenceRequest:
         """The same call with another prompt; `members` are those of the body, without `prompt`."""
@@ -178,7 +198,8 @@ def _look_at_completion(request: InferenceRequest, peek: _PeekCompletion) -> Non
     request.batch = _ARRAY_OF_PROMPTS.match(content) is not None
     limit = peek.max_tokens
     few = limit == 1 or (limit == 0 and peek.echo is True)
-    request.scoring = few and type(limit) is int and not request.streams and not request.batch
+    if few and type(limit) is int and not request.streams:
+        request.scoring = not request.batch or _ARRAY_OF_ONE.fullmatch(content) is not None
 
 
 def _reports_usage(stream_options: Any) -> bool:

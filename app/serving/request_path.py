@@ -39,12 +39,14 @@ class RequestPath:
         """
         route = resolve(snapshot, request.model, principal, request.session or request.user)
         tap = UsageTap(hide=not request.reports_usage)
-        if request.batch:
-            reply = await self.batches.forward(request, route)
-        elif request.scoring and self.coalescer is not None:
+        if request.scoring and self.coalescer is not None:
             reply = await self.coalescer.forward(request, route)
+        elif request.batch:
+            reply = await self.batches.forward(request, route)
         else:
             reply = await self.forwarder.forward(request, route)
+        if route.version is not None:
+            reply.version = route.upstream_name
 
         def account() -> None:
             if reply.status < 300:

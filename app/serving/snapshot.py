@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from app.domain import Adapter, BaseModel, Pool, Principal, Replica, Route
+from app.domain import Adapter, AdapterVersion, BaseModel, Pool, Principal, Replica, Route
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Snapshot:
     def sorted_names(self) -> Sequence[str]:
         """The adapters' names in order."""
         return sorted(self.adapters)
+
+    def version(self, upstream_name: str) -> AdapterVersion | None:
+        """The registered version that replicas know by this name."""
+        name, _, number = upstream_name.rpartition("@")
+        adapter = self.adapters.get(name)
+        if adapter is None or not number.isdecimal():
+            return None
+        return adapter.versions.get(int(number))
 
 
 class Snapshots:

@@ -35,7 +35,7 @@ def install() -> None:
         return
 
     async def show_features(request: Request) -> JSONResponse:
-        found = await of_engine(request.app.state.engine_client)
+        found = await of_server(request.app.state)
         return JSONResponse({"plugin": __version__, "vllm": vllm_version, **found})
 
     # The annotations are names of this function, not of the module.
@@ -56,14 +56,17 @@ def of_worker(worker: Any) -> dict[str, bool]:
     return {PROMPT: safe, LORA: safe, LM_HEAD: False}
 
 
-async def of_engine(engine: Any) -> dict[str, bool]:
-    """What all its workers get right."""
+async def of_server(state: Any) -> dict[str, bool]:
+    """What all workers of its engine get right. Asked once: it ends with its engine."""
+    found: dict[str, bool] | None = getattr(state, METHOD, None)
+    if found is not None:
+        return found
+    names = (PROMPT, LORA, LM_HEAD)
     try:
-        answers = await engine.collective_rpc(METHOD)
+        answers = await state.engine_client.collective_rpc(METHOD)
     except Exception:
         logger.exception("loragate-vllm: the engine does not say what it gets right.")
-        answers = []
-    return {
-        name: bool(answers) and all(answer[name] for answer in answers)
-        for name in (PROMPT, LORA, LM_HEAD)
-    }
+        return dict.fromkeys(names, False)
+    found = {name: all(answer[name] for answer in answers) for name in names}
+    setattr(state, METHOD, found)
+    return found

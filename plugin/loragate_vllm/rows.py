@@ -27,7 +27,8 @@ def start_of(rows: torch.Tensor, whole: torch.Tensor) -> int | None:
     same = rows.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     if not alike or not same or whole.stride(0) <= 0:
         return None
-    start, rest = divmod(rows.storage_offset() - whole.storage_offset(), whole.stride(0))
+    distance = int(rows.storage_offset()) - int(whole.storage_offset())
+    start, rest = divmod(distance, whole.stride(0))
     inside = rest == 0 and 0 <= start <= whole.shape[0] - rows.shape[0]
     return start if inside else None
 

@@ -168,6 +168,62 @@ def test_completion_of_many_prompts(http: httpx.Client, loaded: str) -> None:
         assert answer["usage"]["completion_tokens"] == 6
 
 
+def test_the_prompt_echoed_and_scored(http: httpx.Client, server: ModelServer) -> None:
+    """The one token that is generated is counted and not shown."""
+    asked = {"model": server.served, "max_tokens": 0, "echo": True, "logprobs": 0} | PROMPT
+    answer = http.post("/v1/completions", json=asked).json()
+    (choice,) = answer["choices"]
+    assert choice["text"] == PROMPT["prompt"]
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert answer["usage"]["prompt_tokens"] == len(choice["logprobs"]["tokens"])
+    assert answer["usage"]["completion_tokens"] == 1
+    answer = http.post("/v1/completions", json=asked | {"max_tokens": 1}).json()
+    logprobs = answer["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == answer["usage"]["prompt_tokens"] + 1
+    answer = http.post("/v1/completions", json=asked | {"return_token_ids": True}).json()
+    assert answer["choices"][0]["text"] == ""
+
+
+def test_prompt_logprobs_have_one_for_each_token(http: httpx.Client, server: ModelServer) -> None:
+    asked = {"model": server.served, "max_tokens": 1, "prompt_logprobs": 0} | PROMPT
+    answer = http.post("/v1/completions", json=asked | {"return_token_ids": True}).json()
+    (choice,) = answer["choices"]
+    assert choice["prompt_logprobs"][0] is None
+    assert len(choice["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+    assert len(choice["prompt_token_ids"]) == answer["usage"]["prompt_tokens"]
+    for row, token in zip(
+        choice["prompt_logprobs"][1:], choice["prompt_token_ids"][1:], strict=True
+    ):
+        assert {"logprob", "rank", "decoded_token"} == set(row[str(token)])
+
+
+def test_token_ids_of_every_prompt(http: httpx.Client, loaded: str) -> None:
+    prompts = [[70, 71, 72], [73, 74]]
+    asked = {"model": loaded, "prompt": prompts, "max_tokens": 1, "return_token_ids": True, "n": 2}
+    answer = http.post("/v1/completions", json=asked).json()
+    told = [choice["prompt_token_ids"] for choice in answer["choices"]]
+    assert told == [prompts[0], prompts[0], prompts[1], prompts[1]]
+    assert answer["usage"]["prompt_tokens"] == 5
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_prompt_that_is_too_long(http: httpx.Client, loaded: str, place: int) -> None:
+    prompts: list[list[int]] = [[70, 71, 72]] * 3
+    prompts[place] = [70] * 5000
+    for stream in (False, True):
+        asked = {"model": loaded, "prompt": prompts, "max_tokens": 1, "stream": stream}
+        response = http.post("/v1/completions", json=asked)
+        message = error(response, 400, "BadRequestError", "input_tokens")
+        assert message.startswith("This model's maximum context length is ")
+        assert "5000 input tokens" in message
+
+
+def test_a_token_that_does_not_exist(http: httpx.Client, loaded: str) -> None:
+    asked = {"model": loaded, "prompt": [[70, 71], [70, 10**6]], "max_tokens": 1}
+    message = error(http.post("/v1/completions", json=asked), 400, "BadRequestError")
+    assert message == "Token id 1000000 is out of vocabulary"
+
+
 def test_completion_stream(http: httpx.Client, loaded: str) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
     payload = {"model": loaded, "max_tokens": 3, "ignore_eos": True} | PROMPT | options

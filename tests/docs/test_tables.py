@@ -9,7 +9,7 @@ from sqlalchemy import UniqueConstraint
 
 from app import domain, errors
 from app.api.errors import KINDS, headers_of
-from app.control import adapters, aliases, archives, keys, safetensors_header, usage
+from app.control import adapters, aliases, archives, inspect_probe, keys, safetensors_header, usage
 from app.control.inspect_adapter import FEATURES, MAX_CONFIG_BYTES
 from app.db.tables import Row
 from app.telemetry import METRICS, Event
@@ -109,6 +109,10 @@ def test_limits_are_the_code_s() -> None:
     assert limits["members of an archive"] == f"{archives.MAX_MEMBERS:,}"
     assert limits["an adapter's name; an alias's"].startswith(
         f"{domain.ADAPTER_NAME_MAX}; {domain.ALIAS_NAME_MAX} "
+    )
+    assert limits["a probe"] == (
+        f"{inspect_probe.MAX_ROWS} rows of 2 to {inspect_probe.MAX_IDS} token ids; "
+        f"as a file, {inspect_probe.MAX_PROBE_BYTES >> 20} MiB"
     )
     assert limits["`metadata`"] == f"{adapters.MAX_METADATA_BYTES >> 10} KiB"
     assert limits["targets of an alias; a weight"] == (

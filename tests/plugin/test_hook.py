@@ -128,19 +128,27 @@ def test_a_worker_says_what_it_gets_right() -> None:
 class Engine:
     def __init__(self, *found: dict[str, bool] | Exception) -> None:
         self.found = found
+        self.asked = 0
 
     async def collective_rpc(self, method: str) -> list[Any]:
         assert method == features.METHOD
+        self.asked += 1
         for one in self.found:
             if isinstance(one, Exception):
                 raise one
         return list(self.found)
 
 
-async def test_an_engine_gets_right_what_all_its_workers_do() -> None:
-    some = {**ALL, features.LM_HEAD: False}
-    assert await features.of_engine(Engine(ALL, ALL)) == ALL
-    assert await features.of_engine(Engine(ALL, some)) == some
-    none = dict.fromkeys(ALL, False)
-    assert await features.of_engine(Engine()) == none
-    assert await features.of_engine(Engine(ALL, AttributeError(features.METHOD))) == none
+@pytest.mark.parametrize("other", [ALL, {**ALL, features.LM_HEAD: False}])
+async def test_a_server_gets_right_what_all_its_workers_do(other: dict[str, bool]) -> None:
+    state = SimpleNamespace(engine_client=Engine(ALL, other))
+    for _ in range(2):
+        assert await features.of_server(state) == other
+    assert state.engine_client.asked == 1
+
+
+async def test_an_engine_that_does_not_say_is_asked_again() -> None:
+    state = SimpleNamespace(engine_client=Engine(AttributeError(features.METHOD)))
+    assert await features.of_server(state) == dict.fromkeys(ALL, False)
+    state.engine_client = Engine(ALL)
+    assert await features.of_server(state) == ALL

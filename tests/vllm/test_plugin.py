@@ -6,6 +6,7 @@ The demo model's lm_head is tied to its embeddings; an adapter's lm_head adds to
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +20,12 @@ from app import demo
 from app.backends.base import Features
 from app.backends.vllm import VllmBackend
 from app.backends.wire import Limits
-from tests.servers import ModelServer, run_vllm
+from tests.servers import ModelServer, run_vllm, vllm_python
 from tests.vllm.reference import Reference, write_random_adapter
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.worker]
+# A test may have to start a server of its own.
+pytestmark = [pytest.mark.vllm, pytest.mark.worker, pytest.mark.timeout(300)]
 
 TOLERANCE = 1e-3
 LONG = "The king went down to the sea and the sea was wide and old and cold. " * 12
@@ -213,6 +215,13 @@ def test_without_the_plugin_it_is_known_for_what_it_is(tmp_path: Path) -> None:
         assert server.process is not None
         process = server.process
         wait_until(lambda: not process.running, within_s=60)
+
+
+def test_the_code_for_a_gpu() -> None:
+    """Without a GPU: vLLM's own bookkeeping, its kernels stood in for."""
+    script = Path(__file__).with_name("gpu_bookkeeping.py")
+    found = subprocess.run([vllm_python(), script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def features_of(server: ModelServer) -> Features:

@@ -16,7 +16,7 @@ from app.api.admin.adapter_json import Adapter, Target, adapter_json
 from app.api.admin.adapters import Name
 from app.api.admin.shapes import Admin, Body, Deleted, InRooms, refusals
 from app.api.rooms import Rooms
-from app.control import adapters
+from app.control import adapters, rollout
 from app.control.views import AdapterView, Targets
 from app.domain import LATEST, Principal, Sticky
 from app.telemetry import Event, log
@@ -68,15 +68,19 @@ AliasName = Annotated[str, Path(description="The alias's name.", examples=["prod
     "/aliases/{alias}",
     summary="Set an alias",
     response_model=Adapter,
-    responses=refusals(404, 422),
+    responses=refusals(404, 422, 502),
 )
 async def set_alias(
     name: Name, alias: AliasName, body: NewAlias, rooms: InRooms, admin: Admin
 ) -> Adapter:
     """Point an alias at a version, or split it over several by weight.
 
-    Clients write `name:alias`. The change takes effect for the next request, at once.
+    Clients write `name:alias`. If the adapter is being used, the versions are loaded where it is,
+    and verified if they carry a probe, before the alias moves; it stays where it was if they
+    cannot be. Then the change takes effect for the next request; those under way are finished by
+    the version they began with.
     """
+    await rollout.prepare(rooms, name, [number for number, _ in body.pairs()])
     async with rooms.db.begin() as session:
         view = await adapters.set_alias(
             session,
@@ -112,7 +116,11 @@ async def delete_alias(name: Name, alias: AliasName, rooms: InRooms, admin: Admi
 async def rollback(
     name: Name, rooms: InRooms, admin: Admin, body: Rollback | None = None
 ) -> Adapter:
-    """Undo an alias's newest move; of `latest` without a body. Again goes further back."""
+    """Undo an alias's newest move; of `latest` without a body. Again goes further back.
+
+    At once: nothing is loaded before, so the first request may wait for a version that was
+    unloaded meanwhile.
+    """
     alias = (body or Rollback()).alias
     async with rooms.db.begin() as session:
         view = await adapters.rollback(session, adapter=name, alias=alias)

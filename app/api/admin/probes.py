@@ -84,3 +84,4 @@ async def _changed(rooms: Rooms, admin: Principal, version: str, probed: bool) -
     fields = {"adapter": version, "probed": probed, "by": admin.key_id}
     log(logger, logging.INFO, Event.PROBE_CHANGED, **fields)
     await rooms.publish.settle()
+    rooms.fleet.distrust(version)

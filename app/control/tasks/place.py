@@ -111,7 +111,7 @@ class Place:
         held = {name for replica in pool.replicas for name in replica.residency.known}
         over = set()
         for name in held:
-            version = version_of(snapshot, name)
+            version = snapshot.version(name)
             if version is None or _aliased(snapshot, version):
                 continue
             if demand.idle_s(name, now) >= self._grace_s and not self._fleet.inflight(name):
@@ -128,7 +128,7 @@ class Place:
 
         async def load_all(replica: LiveReplica, names: Sequence[str]) -> None:
             for name in names:
-                version = version_of(snapshot, name)
+                version = snapshot.version(name)
                 if version is not None:
                     done[await _tried(self._fleet.loads.load(replica, version), "loaded")] += 1
 
@@ -149,13 +149,6 @@ async def _tried(work: Coroutine[object, object, None], result: str) -> str:
     except LoragateError:
         return "failed"  # logged where it happened; the next run tries again
     return result
-
-
-def version_of(snapshot: Snapshot, upstream_name: str) -> AdapterVersion | None:
-    """The registered version that replicas know by this name."""
-    name, _, number = upstream_name.rpartition("@")
-    adapter = snapshot.adapters.get(name)
-    return adapter.versions.get(int(number)) if adapter and number.isdigit() else None
 
 
 def _aliased(snapshot: Snapshot, version: AdapterVersion) -> bool:

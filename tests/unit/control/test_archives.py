@@ -65,7 +65,7 @@ def unpacked(
             unpack(io.BytesIO(raw), media_type, inside, max_bytes=max_bytes, check=check)
         finally:
             left = {path.name: path.read_bytes() for path in inside.iterdir()}
-            assert left.keys() <= FILES.keys()
+            assert left.keys() <= {*FILES, "probe.json"}
             assert list(Path(folder).iterdir()) == [inside]
         return left
 
@@ -176,6 +176,16 @@ def test_the_files_belong_in_one_place(media_type: str) -> None:
     deep = {f"a/b/{name}": b"" for name in FILES}
     assert "missing" in refusal(packed_as(media_type, deep), media_type)
     assert WEIGHTS in refusal(packed_as(media_type, {CONFIG: b"{}"}), media_type)
+
+
+@every_type
+def test_a_probe_beside_the_files_comes_out_too(media_type: str) -> None:
+    beside = {f"a/{name}": data for name, data in {**FILES, "probe.json": b"{}"}.items()}
+    assert unpacked(packed_as(media_type, beside), media_type)["probe.json"] == b"{}"
+    apart = {**FILES, "a/probe.json": b"{}"}
+    assert "all files in one" in refusal(packed_as(media_type, apart), media_type)
+    deeper = {**FILES, "a/b/probe.json": b"{}"}
+    assert set(unpacked(packed_as(media_type, deeper), media_type)) == set(FILES)
 
 
 @every_type

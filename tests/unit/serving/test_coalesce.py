@@ -37,7 +37,7 @@ class Line:
     def __init__(self, made: FleetOfMemory, coalescer: Coalescer | None, meter: Meter) -> None:
         self.meter = meter
         self.made = made
-        forwarder = Forwarder(made.fleet)
+        forwarder = Forwarder(made.fleet, made.clock)
         self.path = RequestPath(forwarder, Batches(forwarder, made.fleet, meter), coalescer, meter)
         self.answers: list[Answer | LoragateError] = []
         for backend in made.connected:
@@ -81,10 +81,16 @@ def speak(body: bytes, headers: bytes) -> Reply:
         return whole(refusal.status, refusal.body)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the test takes to send what is to gather."""
+    monkeypatch.setattr("app.serving.coalesce.PATIENCE_S", 0.2)
+
+
 @pytest.fixture
 async def line(made: FleetOfMemory) -> AsyncIterator[Line]:
     await made.sync(WORLD)
-    meter, forwarder = Meter(), Forwarder(made.fleet)
+    meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
     async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
         yield Line(made, coalescer, meter)
     assert not coalescer._kinds
@@ -135,7 +141,7 @@ async def _coalesced_is_as_alone(payloads: list[Any]) -> None:
     made = FleetOfMemory()
     async with made.fleet:
         await made.sync(WORLD)
-        meter, forwarder = Meter(), Forwarder(made.fleet)
+        meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
         async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
             line = Line(made, coalescer, meter)
             tasks = await gathered(line, payloads[0], *payloads)
@@ -156,6 +162,14 @@ async def test_the_first_goes_at_once_and_the_rest_together(line: Line) -> None:
     assert {(await task)[0] for task in tasks} == {200}
     assert line.sent() == ["a", [f"p{n}" for n in range(50)]]
     assert (line.meter.coalesced, line.meter.calls_saved) == (50, 49)
+
+
+async def test_a_prompt_alone_in_an_array_is_one(line: Line) -> None:
+    tasks = await gathered(line, {"prompt": ["a"]}, {"prompt": ["b"]}, {"prompt": "c"})
+    release(line)
+    answers = [(await task)[1] for task in tasks]
+    assert line.sent() == [["a"], ["b", "c"]]
+    assert [answer["choices"][0]["index"] for answer in answers] == [0, 0, 0]
 
 
 async def test_who_waits_does_not_wait_for_long(line: Line) -> None:
@@ -190,6 +204,32 @@ async def test_the_same_prompt_is_computed_once(line: Line, fields: Any) -> None
     }
     (bill,) = line.meter.drain()
     assert (bill.requests, bill.usage.prompt_tokens) == (24, 21 * 2 + 3)
+
+
+async def test_a_crash_is_told_to_all(
+    line: Line, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("app.serving.scoring.take_apart", crash)
+    tasks = await gathered(line, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
+    release(line)
+    assert (await tasks[0])[0] == 200
+    for task in tasks[1:]:
+        with pytest.raises(UpstreamBroke, match="log says why"):
+            await task
+    assert "a bug" in caplog.text
+
+
+async def test_the_end_of_the_gateway_is_the_end_of_its_calls(made: FleetOfMemory) -> None:
+    await made.sync(WORLD)
+    meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
+    async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
+        (task,) = await gathered(Line(made, coalescer, meter), {"prompt": "a"})
+    with pytest.raises(UpstreamBroke, match="interrupted"):
+        await task
+    assert made.fleet.live()[0].inflight == 0
 
 
 async def test_who_left_is_not_computed(line: Line) -> None:
@@ -287,6 +327,7 @@ async def test_an_error_without_an_answer_is_everyone_s(line: Line) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
+        lambda reply: reply | {"choices": [c | {"logprobs": 5} for c in reply["choices"]]},
         lambda reply: {},
         lambda reply: reply | {"choices": reply["choices"][1:]},
         lambda reply: reply | {"usage": reply["usage"] | {"prompt_tokens": 77}},
@@ -324,7 +365,7 @@ async def test_each_key_pays_for_its_own(line: Line) -> None:
 
 async def test_a_merged_call_is_split_over_replicas(made: FleetOfMemory) -> None:
     await made.sync(snapshot(replicas=2))
-    meter, forwarder = Meter(), Forwarder(made.fleet)
+    meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
     async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
         line = Line(made, coalescer, meter)
         tasks = await gathered(line, {"prompt": "a"}, *({"prompt": f"p{n}"} for n in range(64)))
@@ -342,10 +383,11 @@ async def test_a_merged_call_is_split_over_replicas(made: FleetOfMemory) -> None
         {"prompt": ""},
         {"prompt": []},
         {"prompt": None},
+        {"prompt": "x" * 300_000},
         {"kv_transfer_params": {}},
         {"echo": True},
     ],
-    ids=str,
+    ids=lambda fields: str(fields)[:40],
 )
 async def test_what_cannot_be_shared_goes_its_own_way(line: Line, fields: Any) -> None:
     payload = {"prompt": "x"} | fields

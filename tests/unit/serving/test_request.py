@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -252,3 +253,127 @@ def test_any_bytes_are_served_or_refused(body: bytes) -> None:
     except InvalidRequest:
         return
     assert parse(COMPLETIONS, sent).model == "b"
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        (COMPLETIONS, "prompt"),
+        ("/v1/chat/completions", "messages"),
+        (EMBEDDINGS, "input"),
+        ("/v1/responses", "input"),
+    ],
+)
+def test_the_prefix_is_the_beginning_of_what_is_asked(path: str, field: str) -> None:
+    content = json.dumps([{"role": "user", "content": "x" * 20_000}]).encode()
+    body = b'{"model":"a", "%b" :  %b , "other":["y"]}' % (field.encode(), content)
+    assert bytes(parse(path, body).prefix) == content[:8192]
+    assert bytes(parse(path, b'{"model":"a"}').prefix) == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "wanted"),
+    [
+        (COMPLETIONS, {"prompt_logprobs": 0}, True),
+        ("/v1/chat/completions", {"prompt_logprobs": 5}, True),
+        (COMPLETIONS, {"prompt_logprobs": None, "logprobs": 5}, False),
+        (COMPLETIONS, {"echo": True, "logprobs": 0}, True),
+        (COMPLETIONS, {"echo": True, "logprobs": None}, False),
+        (COMPLETIONS, {"echo": False, "logprobs": 1}, False),
+        ("/v1/chat/completions", {"echo": True, "logprobs": True}, False),
+    ],
+)
+def test_who_wants_prompt_logprobs(path: str, fields: dict[str, Any], wanted: bool) -> None:
+    request = parse(path, json.dumps({"model": "a"} | fields).encode())
+    assert request.wants_prompt_logprobs is wanted
+
+
+@pytest.mark.parametrize(("user", "read"), [('"me"', "me"), ("null", ""), ("5", ""), ("[1]", "")])
+def test_the_user_is_read_if_it_is_a_name(user: str, read: str) -> None:
+    for path in (COMPLETIONS, EMBEDDINGS, "/v1/chat/completions"):
+        assert parse(path, b'{"model":"a","user":%b}' % user.encode()).user == read
+
+
+@pytest.mark.parametrize(
+    ("prompt", "batch"),
+    [
+        ('"text"', False),
+        ("[1, 2]", False),
+        ("[]", False),
+        ("null", False),
+        ('["a"]', True),
+        ("[ [1]]", True),
+        ("[[]]", True),
+    ],
+)
+@pytest.mark.parametrize("stream", ["true", "false", "null"])
+def test_an_array_of_prompts_is_a_batch(prompt: str, batch: bool, stream: str) -> None:
+    body = f'{{"model":"a","prompt":{prompt},"stream":{stream}}}'.encode()
+    request = parse(COMPLETIONS, body)
+    assert (request.batch, request.streams) == (batch, stream == "true")
+    assert not parse(EMBEDDINGS, body).batch
+
+
+def test_a_stream_nobody_understands_is_no_batch() -> None:
+    assert not parse(COMPLETIONS, b'{"model":"a","prompt":["a","b"],"stream":"yes"}').batch
+
+
+@pytest.mark.parametrize(
+    ("fields", "scoring"),
+    [
+        ({"max_tokens": 1}, True),
+        ({"max_tokens": 0, "echo": True}, True),
+        ({"max_tokens": 0}, False),
+        ({"max_tokens": 2}, False),
+        ({}, False),
+        ({"max_tokens": True}, False),
+        ({"max_tokens": 1.0}, False),
+        ({"max_tokens": 1, "stream": True}, False),
+        ({"max_tokens": 1, "stream": "no"}, False),
+        ({"max_tokens": 1, "prompt": ["a", "b"]}, False),
+        ({"max_tokens": 1, "prompt": [[1], [2]]}, False),
+        ({"max_tokens": 1, "prompt": ['a" ,\\"b']}, True),
+        ({"max_tokens": 1, "prompt": [[1, 2]]}, True),
+        ({"max_tokens": 2, "prompt": ["a"]}, False),
+    ],
+    ids=str,
+)
+def test_what_asks_for_scores(fields: dict[str, Any], scoring: bool) -> None:
+    body = json.dumps({"model": "a", "prompt": "x"} | fields).encode()
+    assert parse(COMPLETIONS, body).scoring is scoring
+    assert not parse("/v1/chat/completions", body).scoring
+
+
+@pytest.mark.parametrize(
+    ("prompt", "only"),
+    [('["a b"]', '"a b"'), ("[ [1, 2]\n]", "[1, 2]"), ('"x"', '"x"'), ("[1]", "[1]"), ("[]", "[]")],
+)
+def test_a_prompt_alone_in_an_array(prompt: str, only: str) -> None:
+    assert (
+        parse(COMPLETIONS, f'{{"model":"a","prompt":{prompt}}}'.encode()).only_prompt()
+        == only.encode()
+    )
+
+
+def test_another_prompt_in_the_same_call() -> None:
+    body = b'{"prompt":"a","model":"m","seed":1e400,"role":"model","user":"u"}'
+    request = parse(COMPLETIONS, body)
+    members = request.members()
+    del members["prompt"]
+    other = request.with_prompt(b'["b","c"]', members)
+    sent = other.upstream_body("m@1")
+    assert sent == b'{"model":"m@1","seed":1e400,"role":"model","user":"u","prompt":["b","c"]}'
+    assert bytes(other.prefix) == b'["b","c"]'
+
+
+@pytest.mark.parametrize("prompt", ['"once upon"', "[1, 2]"])
+def test_the_prefix_of_a_batch_is_its_first_prompt_s(prompt: str) -> None:
+    alone = parse(COMPLETIONS, f'{{"model":"a","prompt":{prompt}}}'.encode())
+    batch = parse(COMPLETIONS, f'{{"model":"a","prompt":[ {prompt},{prompt}]}}'.encode())
+    assert bytes(batch.prefix).startswith(bytes(alone.prefix))
+
+
+def test_another_call_is_for_the_same_user() -> None:
+    request = parse(COMPLETIONS, b'{"model":"m","prompt":"a","user":"u"}')
+    other = request.with_prompt(b'"b"', {"model": msgspec.Raw(b'"m"')})
+    assert (other.user, other.path, bytes(other.prefix)) == ("u", COMPLETIONS, b'"b"')

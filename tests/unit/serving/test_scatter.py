@@ -46,6 +46,7 @@ def test_the_prompts_stay_as_they_were_written() -> None:
 @pytest.mark.parametrize("content", [b"[]", b'["a",[1]]', b'[[1],"a"]', b'["a",1]', b'["a",null]'])
 def test_what_is_no_array_of_prompts_is_not_taken_for_one(content: bytes) -> None:
     assert prompts_of(msgspec.Raw(content)) == []
+    assert prompts_of(None) == []
 
 
 @given(batch=batches, inflight=inflights)
