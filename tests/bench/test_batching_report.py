@@ -10,15 +10,15 @@ import pytest
 from bench import batching_report
 from bench.batching_report import Conditions, Low, Round, Rounds
 
-CONDITIONS = Conditions("2026-01-02", "a machine", "abc1234", 0.1, 256, 640, 8)
-LOW = Low(on_ms=10.15, off_ms=10.0, pairs=3)
+CONDITIONS = Conditions("2026-01-02", "a machine", "abc1234", 0.1, 1.5, 256, 640, 8)
+LOW = Low(on_ms=10.15, off_ms=10.0, added_ms=0.15, pairs=3)
 
 
 def rounds(**seconds: float) -> Rounds:
     """Three rounds of every way; their median is the one in the middle."""
     usual = dict.fromkeys(batching_report.TITLES, 1.0) | seconds
     return {
-        way: [Round(middle + off, 4, 0.984) for off in (0.5, 0.0, -0.5)]
+        way: [Round(middle + off, 4, 0.984) for off in (0.1, 0.0, -0.1)]
         for way, middle in usual.items()
     }
 
@@ -32,7 +32,7 @@ def test_targets_are_judged_by_medians_and_worst_rounds() -> None:
     assert kept(rounds(batch_gateway=1.04)) == [False, True, True, True, True]
     assert kept(rounds(singles_gateway=1.06)) == [True, False, True, True, True]
     assert kept(rounds(batch=0.9, singles=9.0)) == [False, True, True, True, True]
-    assert kept(rounds(), Low(10.3, 10.0, 3)) == [True, True, True, True, False]
+    assert kept(rounds(), Low(10.1, 10.0, 0.3, 3)) == [True, True, True, True, False]
     worst = {"singles_gateway": [Round(1.0, 4, 0.984), Round(1.0, 9, 0.5), Round(1.0, 4, 0.984)]}
     assert kept({**rounds(), **worst}) == [True, True, False, False, True]
 
