@@ -7,14 +7,14 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.serving.rendezvous import key, weight
+from app.serving.rendezvous import key, weights
 
 NAMES = st.text(min_size=1, max_size=12)
 
 
 def order(adapter: str, replicas: list[str]) -> list[str]:
-    wants = key(adapter)
-    return sorted(replicas, key=lambda replica: weight(wants, key(replica)), reverse=True)
+    wants = weights(key(adapter), [key(replica) for replica in replicas])
+    return [r for _, r in sorted(zip(wants, replicas, strict=True), reverse=True)]
 
 
 @given(adapter=NAMES, replicas=st.lists(NAMES, min_size=2, max_size=8, unique=True), n=st.data())
@@ -30,7 +30,7 @@ def test_the_order_of_the_others_does_not_change_with_one_lost(
 def test_keys_and_weights_are_64_bits(name: str, other: str) -> None:
     assert key(name) == key(name)
     assert key(name) % 2 == 1
-    for value in (key(name), weight(key(name), key(other))):
+    for value in (key(name), *weights(key(name), [key(other)])):
         assert 0 <= value < 1 << 64
 
 
