@@ -172,15 +172,13 @@ class VllmBackend:
 
     async def features(self) -> Features:
         status, data = await self._get("/loragate/features")
-        if status == 404:
-            status, data = await self._get("/metrics")
-            return plain_features(data.decode(errors="replace") if status == 200 else "")
-        if status != 200:
+        if status >= 500:
             raise UpstreamError(f"the replica answered {status} to /loragate/features")
         try:
-            found = msgspec.json.decode(data, type=_Features)
-        except msgspec.DecodeError as exc:
-            raise UpstreamBroke(f"the replica's /loragate/features is not that: {exc}") from exc
+            found = msgspec.json.decode(data if status == 200 else b"", type=_Features)
+        except msgspec.DecodeError:  # it does not know that path, and says so in its own way
+            status, data = await self._get("/metrics")
+            return plain_features(data.decode(errors="replace") if status == 200 else "")
         return Features(
             prompt_logprobs=found.prompt_logprobs,
             lora_prompt_logprobs=found.prompt_logprobs_with_lora,
