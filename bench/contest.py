@@ -46,7 +46,7 @@ class Plan:
     `late_ms` of the wall clock is how late the sender may be with the latest 1 % of requests.
     """
 
-    speed: float = 10.0
+    speed: float = 2.5
     common_rate: float = 16.0
     common_requests: int = 4000
     ladder_s: float = 30.0
@@ -142,7 +142,7 @@ def _run(
         lagged = lag_of(run, plan.late_ms)
         if lagged is None:
             return run
-        print(f"        {lagged}", flush=True)
+        print(f"{ground.contender.name:<28} {lagged}", flush=True)
         if attempt + 1 < attempts:
             continue
     raise Unusable(f"{lagged}; let nothing else run on this machine, or lower the speed")

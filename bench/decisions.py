@@ -7,6 +7,7 @@ requests are in flight everywhere, and adapters are asked for by Zipf's law, eac
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from app.domain import Pool, Replica, ReplicaState
 from app.serving.policies import pick
 from app.serving.pool import LivePool
 from app.serving.replica import LiveReplica
+from app.serving.request import CHAT, InferenceRequest, parse
 from bench.traffic import system_prompt
 
 REPLICAS = 64
@@ -65,7 +67,7 @@ def measure(*, quick: bool = False) -> Decisions:
     replan_ms = [_timed(lambda: placement.plan(again, held, frozenset())) for _ in range(rounds)]
     asked = draw.choices(names, cum_weights=list(accumulate(demand)), k=5000)
     for name in asked[:CLAIMS]:
-        chosen = pick(pool, name, _prompt(0), WARM_S)
+        chosen = pick(pool, name, _request(0), WARM_S)
         if chosen is not None and chosen.takes(name):
             chosen.claim(name)
     base = [pool.config.served_name] * len(asked)
@@ -108,17 +110,18 @@ def _inhabit(pool: LivePool, replicas: list[LiveReplica], plan: placement.Plan) 
     pool.rehome(homes)
 
 
-def _prompt(number: int) -> bytes:
-    """A request's first bytes, as the gateway looks at them."""
-    return system_prompt(number, 0, 1000).encode()
+def _request(number: int) -> InferenceRequest:
+    """A request as the gateway reads it: a chat with a long system prompt."""
+    messages = [{"role": "system", "content": system_prompt(number, 0, 1000)}]
+    return parse(CHAT, json.dumps({"model": "any", "messages": messages}).encode())
 
 
 def _picks_us(pool: LivePool, names: list[str]) -> float:
-    prompts = [_prompt(number) for number in range(32)]
+    requests = [_request(number) for number in range(32)]
     now = WARM_S * 1e3
     began = time.perf_counter()
     for number, name in enumerate(names):
-        pick(pool, name, prompts[number % 32], now)
+        pick(pool, name, requests[number % 32], now)
     return (time.perf_counter() - began) / len(names) * 1e6
 
 

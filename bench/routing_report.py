@@ -16,7 +16,6 @@ from bench.batch_scale import Scaling
 from bench.contest import (
     BOUND_MS,
     KEPT,
-    LOAD_CORE_SHARE,
     Figures,
     Plan,
     goodput,
@@ -44,6 +43,7 @@ class Record:
     versions: Mapping[str, str] = field(default_factory=dict)
     cold: Figures | None = None
     ladder: list[Figures] = field(default_factory=list)
+    goodputs: list[float] = field(default_factory=list)
     trouble: str | None = None
 
     @property
@@ -60,6 +60,7 @@ class Record:
             "versions": dict(self.versions),
             "trouble": self.trouble,
             "goodput": round(self.goodput, 2),
+            "goodput_by_round": self.goodputs,
             "cold": self.cold.as_json() if self.cold else None,
             "ladder": [run.as_json() for run in self.ladder],
         }
@@ -226,11 +227,13 @@ good (p99 within the bound, failures counted as late). Rates are {plan.first_rat
 of {plan.step:g}, up to {plan.rate(plan.steps - 1):.0f}/s, {plan.ladder_s:g} s each on warm
 replicas, found by bisection; goodput is that of the highest rate kept.
 
-The sender is no bottleneck: it used {worst.sender_share:.0%} of a core at most and the simulator,
-on the same core, {worst.simulator_share:.0%}; 99 % of the requests of any run left within
-{worst.late_p99_ms:.1f} ms of when they were due, and what they were late counts as first-token
-time. Refused are runs in which that is more than {plan.late_ms:g} ms, or in which the two need more
-than {LOAD_CORE_SHARE:.0%} of their core.
+Contenders ran at the same time, each with replicas and a sender of its own: gateways on one core,
+everything else on another. Hashes depend on the replicas' ports, which differ from round to round:
+by luck, a consistent hash puts more or fewer of the popular adapters on one replica.
+The sender is no bottleneck: it used {worst.sender_share:.0%} of a core at most and a simulator
+{worst.simulator_share:.0%}; 99 % of the requests of any run left within {worst.late_p99_ms:.1f} ms
+of when they were due, and what they were late counts as first-token time. Runs in which that is
+more than {plan.late_ms:g} ms are refused.
 """
 
 

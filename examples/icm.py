@@ -138,8 +138,9 @@ class Search:
         await self._weigh([self.labels], temperature=math.inf)
         for n in range(1, self._options.iterations + 1):
             warmth = self._options.hot / (1 + self._options.cooling * math.log(n))
-            candidates = consistent(self._claims, self.labels, self._next, self._guess)
-            accepted = await self._weigh(candidates, max(self._options.cold, warmth))
+            options = consistent(self._claims, self.labels, self._next, self._guess)
+            changed = [labels for labels in options if labels is not self.labels]
+            accepted = await self._weigh(changed, max(self._options.cold, warmth))
             accuracy = accuracy_of(self._claims, self.labels)
             yield Step(n, len(self.labels), self.score, accuracy, accepted)
 
@@ -165,11 +166,11 @@ class Search:
         for candidate in candidates:
             mine, rows = rows[: len(candidate)], rows[len(candidate) :]
             scores.append(utility(candidate, mine, self._options.alpha))
-        best = max(range(len(candidates)), key=scores.__getitem__)
-        change = scores[best] - self.score
+        score, best = max(zip(scores, range(len(scores)), strict=True), default=(-math.inf, -1))
+        change = score - self.score
         accepted = change > 0 or self._rng.random() < math.exp(change / temperature)
         if accepted:
-            self.labels, self.score = candidates[best], scores[best]
+            self.labels, self.score = candidates[best], score
         self._guess = likelier(guesses[best if accepted else -1])
         return accepted
 
@@ -190,7 +191,12 @@ def pool(claims: Sequence[Claim], labels: Labels) -> list[str]:
 
 
 def consistent(claims: Sequence[Claim], labels: Labels, index: int, label: bool) -> list[Labels]:
-    """The labels with this one new and last; if that contradicts others, both ways to mend it."""
+    """The labels with this one new and last; if that contradicts others, both ways to mend it.
+
+    A label that is there already changes nothing, not even the order.
+    """
+    if labels.get(index) == label:
+        return [labels]
     kept = {other: value for other, value in labels.items() if other != index}
     rivals = [
         other

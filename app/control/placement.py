@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from app.serving.rendezvous import key, weight
+from app.serving.rendezvous import key, weights
 
 #: Requests at once for which one copy of a version is enough, whatever its share.
 PER_COPY = 4.0
@@ -116,38 +116,49 @@ def copies(one: Wanted, total: float, replicas: int) -> int:
 
 
 class _Board:
-    """The replicas while homes are given out."""
+    """The replicas while homes are given out, by their place in `seen`."""
 
     def __init__(self, seen: Sequence[Seen], total: float) -> None:
-        self._keys = [(key(replica.id), replica.id) for replica in seen]
-        self._room = {replica.id: replica.slots for replica in seen}
-        self._load = dict.fromkeys(self._room, 0.0)
+        self._ids = [replica.id for replica in seen]
+        self._places = {id: place for place, id in enumerate(self._ids)}
+        self._keys = [key(id) for id in self._ids]
+        self._room = [replica.slots for replica in seen]
+        self._load = [0.0] * len(seen)
         self._mean = total / len(seen) if seen else 0.0
 
     def place(self, one: Wanted, copies: int) -> tuple[str, ...]:
         """Take places for a version: fewer than `copies` only if there are no more slots."""
         part = one.demand / copies if copies else 0.0
-        found = [id for id in one.homes if self._fits(id, part, KEEP)][:copies]
+        now = [self._places[id] for id in one.homes if id in self._places]
+        found = [at for at in now if self._fits(at, part, KEEP)][:copies]
         if len(found) < copies:
-            self._add(found, one, part, copies)
-        for id in found:
-            self._room[id] -= 1
-            self._load[id] += part
-        return tuple(found)
+            self._add(found, now, one.name, part, copies)
+        for at in found:
+            self._room[at] -= 1
+            self._load[at] += part
+        return tuple([self._ids[at] for at in found])
 
-    def _add(self, found: list[str], one: Wanted, part: float, copies: int) -> None:
-        wants = key(one.name)
-        order = sorted(self._keys, key=lambda pair: weight(wants, pair[0]), reverse=True)
-        for _, id in order:
-            if len(found) == copies:
-                return
-            if id not in found and self._fits(id, part, TAKE):
-                found.append(id)
+    def _add(self, found: list[int], now: list[int], name: str, part: float, copies: int) -> None:
+        """Find more: in rendezvous order those that are not far above the mean."""
+        wants = weights(key(name), self._keys)
+        for at in found:
+            wants[at] = -1
+        while len(found) < copies and (best := max(wants)) >= 0:
+            at = wants.index(best)
+            wants[at] = -1
+            if self._fits(at, part, TAKE):
+                found.append(at)
+        if len(found) == copies:
+            return
         # All are above the mean or out of slots: stay, or go where there is least to do.
-        stay = [id for id in one.homes if id not in found and self._room.get(id)]
-        rest = [id for _, id in order if id not in found and id not in stay and self._room[id]]
+        stay = [at for at in now if at not in found and self._room[at] > 0]
+        rest = [
+            at
+            for at, room in enumerate(self._room)
+            if room > 0 and at not in found and at not in stay
+        ]
         rest.sort(key=self._load.__getitem__)
         found.extend([*stay, *rest][: copies - len(found)])
 
-    def _fits(self, id: str, part: float, bound: float) -> bool:
-        return self._room.get(id, 0) > 0 and self._load[id] + part <= bound * self._mean
+    def _fits(self, at: int, part: float, bound: float) -> bool:
+        return self._room[at] > 0 and self._load[at] + part <= bound * self._mean

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 #: Bytes of JSON in a block. A block is counted when it is whole, as an engine counts its own.
-BLOCK = 512
-#: As much of a prompt as can decide where it goes.
-PREFIX_BYTES = 16 * BLOCK
+BLOCK = 1024
 #: Blocks remembered, in two generations.
 CAPACITY = 1 << 16
 
 
-def blocks(name: str, content: bytes | msgspec.Raw | None) -> list[int]:
+def blocks(name: str, beginning: bytes | memoryview) -> list[int]:
     """Chained hashes of the whole blocks of a prompt's beginning: the last stands for all of it."""
-    if content is None:
+    if len(beginning) < BLOCK:
         return []
-    prefix = bytes(memoryview(content)[:PREFIX_BYTES])
+    prefix = bytes(beginning)
     chain: list[int] = []
     seed = hash(name)
     for start in range(0, len(prefix) - BLOCK + 1, BLOCK):
@@ -50,6 +46,8 @@ class PrefixTable:
     def note(self, chain: Sequence[int], bit: int) -> None:
         """A prompt with these blocks is sent to the replica of `bit`."""
         young, old = self._young, self._old
+        if young.get(chain[-1], 0) & bit:
+            return  # and so do all the blocks before it
         for block in chain:
             young[block] = young.get(block, 0) | old.get(block, 0) | bit
         if len(young) >= self._half:

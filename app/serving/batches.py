@@ -15,7 +15,7 @@ import msgspec
 
 from app.backends.base import BufferedBody, Reply
 from app.domain import Route
-from app.errors import UpstreamBroke, UpstreamError
+from app.errors import LoragateError, UpstreamBroke, UpstreamError
 from app.serving.fleet import Fleet
 from app.serving.forward import Forwarder
 from app.serving.gather import gather
@@ -124,7 +124,7 @@ class _Batch:
         longest = max(places, key=lambda place: len(self.prompts[place]))
         try:
             found = await find(places, longest, self._refused)
-        except UpstreamError:
+        except LoragateError:
             return refusal
         if found is None:
             return refusal
@@ -141,8 +141,9 @@ class _Batch:
         """The replica that answered a part, and its body; sent again if it is lost on the way."""
         send = self._sender(part)
         for attempt in range(MAX_ATTEMPTS):
+            # What is lost before an answer begins, the forwarder has sent elsewhere already.
+            reply = await send(attempt)
             try:
-                reply = await send(attempt)
                 return reply.replica, await whole(reply)
             except UpstreamError as exc:
                 lost = exc
@@ -159,10 +160,7 @@ class _Batch:
         reply = await self.batches.forwarder.forward(request, self.route, prefer=prefer)
         if reply.status < 300:
             return reply
-        refusal = await _read(reply)
-        if reply.status == 500 and attempt < MAX_ATTEMPTS - 1:
-            raise UpstreamBroke(f"The replica {reply.replica} failed on a part of a batch.")
-        raise Refused(part.places, refusal, reply.replica)
+        raise Refused(part.places, await _read(reply), reply.replica)
 
     async def _refused(self, places: Sequence[int]) -> Refusal | None:
         """Ask about some prompts; as a stream, which is cut as soon as it begins."""

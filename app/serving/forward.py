@@ -134,7 +134,7 @@ class Forwarder:
             able = replica.allows(now) and (fits is None or fits(replica))
             if replica.id == prefer and able and replica not in tried:
                 return replica
-        return pick(pool, name, request.content, now, tried=tried, fits=fits)
+        return pick(pool, name, request, now, tried=tried, fits=fits)
 
     async def _send(self, replica: LiveReplica, request: InferenceRequest, route: Route) -> Reply:
         body = request.upstream_body(route.upstream_name)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 
-import msgspec
-
 from app.serving.affinity import blocks
 from app.serving.pool import LivePool
 from app.serving.replica import LiveReplica
+from app.serving.request import InferenceRequest
 
 #: What the parts of a score count for; together 1.
 RESIDENCY = 0.5
@@ -38,7 +37,7 @@ Fits = Callable[[LiveReplica], bool]
 def pick(
     pool: LivePool,
     name: str,
-    content: bytes | msgspec.Raw | None,
+    request: InferenceRequest,
     now: float,
     *,
     tried: Collection[LiveReplica] = (),
@@ -47,18 +46,22 @@ def pick(
     """The replica for one request of `name`, an upstream name; None if there is none.
 
     Args:
-        content: the JSON of the prompt or the messages, as it stands in the request.
+        request: its prompt's beginning counts, if there is a choice.
         now: monotonic seconds.
         tried: replicas that this request was refused by.
         fits: says of a replica whether it can answer this request at all.
     """
     adapted = name != pool.config.served_name
     among = pool.candidates(name, now) if adapted else pool.replicas
-    usable = _usable(among, name, now, tried, fits)
-    if not usable and adapted:
-        usable = _usable(pool.holders(name), name, now, tried, fits)
+    chain: list[int] = []
+    if len(among) > 1:
+        chain = blocks(name, request.prefix)
+    few = among if len(among) <= FEW else _few(pool, chain, among)
+    usable = _usable(few, name, now, tried, fits)
+    if not usable:
+        usable = _usable(pool.holders(name) if adapted else among, name, now, tried, fits)
     if len(usable) > 1:
-        return _best(pool, name, content, now, usable, adapted=adapted)
+        return _best(pool, name, chain, now, usable, adapted=adapted)
     if usable:
         return usable[0]
     if not adapted:
@@ -87,26 +90,26 @@ def _usable(
 def _best(
     pool: LivePool,
     name: str,
-    content: bytes | msgspec.Raw | None,
+    chain: Sequence[int],
     now: float,
     usable: Sequence[LiveReplica],
     *,
     adapted: bool,
 ) -> LiveReplica:
-    chain = blocks(name, content)
-    few = _few(pool, chain, usable)
-    bound = BOUND * pool.mean_load() + 2
-    below = [r for r in few if r.inflight + r.line.length <= bound]
-    few = below or few
-    depths = pool.prefixes.depths(chain, [r.bit for r in few]) if chain else [0.0] * len(few)
-    scale = pool.mean_load() + 4
+    mean = pool.mean_load()
+    loads = [r.load(now) for r in usable]
+    bound = max(BOUND * mean + 2, min(loads))
+    depths = pool.prefixes.depths(chain, [r.bit for r in usable]) if chain else [0.0] * len(usable)
+    scale = mean + 4
     scores = [
         RESIDENCY * (residency(r, name) if adapted else RESIDENT)
         + PREFIX * depth
-        + LOAD * scale / (scale + r.load(now))
-        for r, depth in zip(few, depths, strict=True)
+        + LOAD * scale / (scale + load)
+        if load <= bound
+        else 0.0
+        for r, depth, load in zip(usable, depths, loads, strict=True)
     ]
-    chosen = _of_two(few, scores, now)
+    chosen = _of_two(usable, scores, loads)
     if chain:
         pool.prefixes.note(chain, chosen.bit)
     return chosen
@@ -124,27 +127,27 @@ def residency(replica: LiveReplica, name: str) -> float:
     return ROOM if mirror.room else 0.0
 
 
-def _few(pool: LivePool, chain: list[int], usable: Sequence[LiveReplica]) -> list[LiveReplica]:
-    """All of a few; of many, one that has seen the prefix and others by chance."""
-    if len(usable) <= FEW:
-        return list(usable)
-    drawn = [usable[int(random.random() * len(usable))] for _ in range(FEW - 1)]
-    seen = pool.prefixes.last_seen(chain)
-    if seen:
-        drawn.extend([r for r in usable if r.bit & seen][:1])
+def _few(
+    pool: LivePool, chain: Sequence[int], among: Sequence[LiveReplica]
+) -> Sequence[LiveReplica]:
+    """Of many, some by chance and one that has seen the prefix."""
+    drawn = [among[int(random.random() * len(among))] for _ in range(FEW - 1)]
+    if seen := pool.prefixes.last_seen(chain):
+        for replica in among:
+            if replica.bit & seen:
+                drawn.append(replica)
+                break
     return list(dict.fromkeys(drawn))
 
 
-def _of_two(few: list[LiveReplica], scores: list[float], now: float) -> LiveReplica:
+def _of_two(usable: Sequence[LiveReplica], scores: list[float], loads: list[float]) -> LiveReplica:
     """Of those close to the best score, the less loaded of two drawn.
 
     (M. Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001.)
     """
     floor = max(scores) - CLOSE
-    best = [r for r, score in zip(few, scores, strict=True) if score >= floor]
+    best = [at for at, score in enumerate(scores) if score >= floor]
     if len(best) > 2:
         best = random.sample(best, 2)
-    if len(best) == 1:
-        return best[0]
-    one, other = best
-    return min(one, other, key=lambda r: (r.load(now), r.last_claim))
+    at = min(best, key=lambda at: (loads[at], usable[at].last_claim))
+    return usable[at]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from app.domain import Pool
 from app.serving.affinity import PrefixTable
-from app.serving.rendezvous import key, weight
+from app.serving.rendezvous import key, weights
 from app.serving.replica import LiveReplica
 from app.serving.retries import RetryBudget
 
@@ -48,6 +48,7 @@ class LivePool:
             self.config = config
             for replica in self.replicas:
                 replica.residency.resize(config.max_loras, config.cpu_slots)
+                replica.serve_line()
 
     def consists_of(self, replicas: list[LiveReplica]) -> None:
         """Replicas came or went; homes on those that went are given up."""
@@ -89,15 +90,11 @@ class LivePool:
 
     def next_best(self, name: str, now: float, but: Collection[LiveReplica]) -> LiveReplica | None:
         """The replica an adapter would live on if these did not exist. None if there is none."""
-        wanted = key(name)
-        best = None
-        best_weight = -1
-        for replica in self.replicas:
-            if replica.allows(now) and replica not in but:
-                value = weight(wanted, replica.key)
-                if value > best_weight:
-                    best, best_weight = replica, value
-        return best
+        able = [r for r in self.replicas if r.allows(now) and r not in but]
+        if not able:
+            return None
+        wants = weights(key(name), [r.key for r in able])
+        return able[wants.index(max(wants))]
 
     def _settle(self, name: str, now: float) -> tuple[LiveReplica, ...]:
         """Find a first home: rendezvous hashing with bounded loads.

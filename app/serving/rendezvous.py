@@ -7,20 +7,23 @@ place of those adapters alone for which it was, or becomes, first. (D. Thaler, C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
-_MASK = (1 << 64) - 1
+MASK = (1 << 64) - 1
 
 
 @lru_cache(maxsize=1 << 16)
 def key(name: str) -> int:
-    """64 well-mixed bits of a name; odd, so that products of two keys lose nothing."""
+    """64 well-mixed bits of a name; odd, so that a product of two keys loses nothing."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") | 1
 
 
-def weight(adapter: int, replica: int) -> int:
-    """How much an adapter wants a replica, both as `key`s. The larger comes first."""
-    product = adapter * replica & _MASK
-    # The low bits of a product depend on the low bits of its factors alone: fold the high ones in.
-    return (product ^ (product >> 29)) * 0x9E3779B97F4A7C15 & _MASK
+def weights(adapter: int, replicas: Sequence[int]) -> list[int]:
+    """How much an adapter wants each replica, all of them as `key`s. The largest comes first.
+
+    Multiplicative hashing (D. Knuth, The Art of Computer Programming, vol. 3, section 6.4): the
+    high bits of a product depend on all bits of both factors, and they decide the order.
+    """
+    return [adapter * replica & MASK for replica in replicas]

@@ -16,6 +16,8 @@ from app.errors import InvalidJson, InvalidRequest
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+#: As much of a prompt as can decide where it goes.
+PREFIX_BYTES = 8 << 10
 
 _KEY = b'"model"'
 #: How every letter of `model` begins when spelled with an escape; no encoder does that to a letter.
@@ -87,6 +89,17 @@ class InferenceRequest:
     streams: bool = False
     batch: bool = False
     scoring: bool = False
+
+    @property
+    def prefix(self) -> memoryview:
+        """The beginning of `content`: requests that share it share a prefix cache.
+
+        Of an array of prompts it is the first's, as if that were alone.
+        """
+        content = memoryview(self.content or b"")
+        array = _ARRAY_OF_PROMPTS.match(content) if self.batch else None
+        start = array.end() - 1 if array is not None else 0
+        return content[start : start + PREFIX_BYTES]
 
     def only_prompt(self) -> bytes:
         """The prompt, if it is one: as it stands in the body, or in the array it is alone in."""

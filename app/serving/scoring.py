@@ -19,6 +19,8 @@ from app.errors import UpstreamBroke
 from app.serving.gather import choices_of, indexed, members_of
 from app.serving.request import InferenceRequest
 
+#: A larger prompt is work enough for a call, and its answer too large to be held here.
+SHARED_BYTES = 256 << 10
 #: Members that are about one request and no other.
 _OWN = frozenset(
     {"prompt_embeds", "use_beam_search", "kv_transfer_params", "ec_transfer_params", "suffix"}
@@ -77,6 +79,8 @@ class Scoring:
 
 def read(request: InferenceRequest, route: Route) -> Scoring | None:
     """What this scoring request may share; None if it may not share anything."""
+    if request.content is None or len(memoryview(request.content)) > SHARED_BYTES:
+        return None
     members = request.members()
     if not _OWN.isdisjoint(members):
         return None

@@ -57,16 +57,8 @@ class Stream:
 
     async def open(self) -> None:
         """Have a reply that has begun."""
-        while True:
-            try:
-                self._reply = await self._send(self._attempt)
-            except UpstreamError:
-                self._attempt += 1
-                if self._attempt >= MAX_ATTEMPTS:
-                    raise
-            else:
-                self.replica = self._reply.replica
-                return
+        self._reply = await self._send(self._attempt)
+        self.replica = self._reply.replica
 
     async def pipe(self, push: Push) -> None:
         """Push the reply on, and another if this one is lost in time."""
@@ -125,7 +117,7 @@ class MergedBody:
         self._waiter: Future[None] | None = None
         self._room: Future[None] | None = None
 
-    async def pipe(self, push: Push) -> None:
+    async def pipe(self, push: Push, push_chunk: Push | None = None) -> None:
         try:
             await together(
                 [stream.pipe(partial(self._passed, push, stream)) for stream in self._streams]

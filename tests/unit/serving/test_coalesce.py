@@ -224,7 +224,7 @@ async def test_a_crash_is_told_to_all(
 
 async def test_the_end_of_the_gateway_is_the_end_of_its_calls(made: FleetOfMemory) -> None:
     await made.sync(WORLD)
-    meter, forwarder = Meter(), Forwarder(made.fleet)
+    meter, forwarder = Meter(), Forwarder(made.fleet, made.clock)
     async with Coalescer(forwarder, Batches(forwarder, made.fleet, meter), meter) as coalescer:
         (task,) = await gathered(Line(made, coalescer, meter), {"prompt": "a"})
     with pytest.raises(UpstreamBroke, match="interrupted"):
@@ -383,10 +383,11 @@ async def test_a_merged_call_is_split_over_replicas(made: FleetOfMemory) -> None
         {"prompt": ""},
         {"prompt": []},
         {"prompt": None},
+        {"prompt": "x" * 300_000},
         {"kv_transfer_params": {}},
         {"echo": True},
     ],
-    ids=str,
+    ids=lambda fields: str(fields)[:40],
 )
 async def test_what_cannot_be_shared_goes_its_own_way(line: Line, fields: Any) -> None:
     payload = {"prompt": "x"} | fields

@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -363,4 +364,16 @@ def test_another_prompt_in_the_same_call() -> None:
     sent = other.upstream_body("m@1")
     assert sent == b'{"model":"m@1","seed":1e400,"role":"model","user":"u","prompt":["b","c"]}'
     assert bytes(other.prefix) == b'["b","c"]'
-    assert (other.user, other.path) == ("u", COMPLETIONS)
+
+
+@pytest.mark.parametrize("prompt", ['"once upon"', "[1, 2]"])
+def test_the_prefix_of_a_batch_is_its_first_prompt_s(prompt: str) -> None:
+    alone = parse(COMPLETIONS, f'{{"model":"a","prompt":{prompt}}}'.encode())
+    batch = parse(COMPLETIONS, f'{{"model":"a","prompt":[ {prompt},{prompt}]}}'.encode())
+    assert bytes(batch.prefix).startswith(bytes(alone.prefix))
+
+
+def test_another_call_is_for_the_same_user() -> None:
+    request = parse(COMPLETIONS, b'{"model":"m","prompt":"a","user":"u"}')
+    other = request.with_prompt(b'"b"', {"model": msgspec.Raw(b'"m"')})
+    assert (other.user, other.path, bytes(other.prefix)) == ("u", COMPLETIONS, b'"b"')
