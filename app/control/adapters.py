@@ -115,18 +115,21 @@ async def register(
             details={} if made else dict(metadata or {}),
             created_at=clock.now(),
             targets_lm_head=facts.targets_lm_head,
+            held_back=not made,
         )
         session.add(version)
     if alias is not None:
         check_alias(alias)
-    pending = not (made or move_aliases or await _ever_latest(session, row, version.number))
-    if created and not pending:
+    released = made or (version.held_back and move_aliases)
+    if released:
+        version.held_back = False
         await move(session, clock, row, LATEST, ((version.number, 1),))
+    pending = version.held_back
     if alias is not None and alias != LATEST and not pending:
         await move(session, clock, row, alias, ((version.number, 1),))
     if probe is not None:
         version.probe = probes.stored(probe)
-    if created or alias is not None or probe is not None:
+    if created or released or alias is not None or probe is not None:
         await touch(session, row)
     probed = await rows.is_probed(session, version)
     view = await rows.view(session, row)
@@ -140,26 +143,13 @@ async def release(
     row = await rows.get(session, name, lock=True)
     version = await rows.get_version(session, row, number)
     newest = await rows.newest(session, row)
-    if newest is not None and newest.number == version.number:
+    if newest is not None and newest.number == version.number and version.held_back:
+        version.held_back = False
         await move(session, clock, row, LATEST, ((number, 1),))
     if alias is not None and alias != LATEST:
         await move(session, clock, row, alias, ((number, 1),))
     await touch(session, row)
     return await rows.view(session, row)
-
-
-async def _ever_latest(session: AsyncSession, row: AdapterRow, number: int) -> bool:
-    """Whether `latest` points, or once pointed, to a version."""
-    targets = [[number, 1]]
-    current = await session.get(AliasRow, (row.id, LATEST))
-    if current is not None and current.targets == targets:
-        return True
-    moves = await session.scalars(
-        select(AliasMoveRow.before).where(
-            AliasMoveRow.adapter_id == row.id, AliasMoveRow.alias == LATEST
-        )
-    )
-    return targets in list(moves)
 
 
 async def list_(
@@ -235,6 +225,7 @@ async def delete_version(
             f"{adapter}@{number} is the only version: delete the adapter instead.", param="number"
         )
     if latest is not None:
+        newest.held_back = False
         latest.targets = [[newest.number, 1]]
     await touch(session, row)
     return await rows.view(session, row)

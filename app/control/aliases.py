@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
@@ -112,6 +112,16 @@ async def move(
             )
         )
         current.targets = wanted
+    if alias == LATEST:
+        await session.execute(
+            update(VersionRow)
+            .where(
+                VersionRow.adapter_id == row.id,
+                VersionRow.number.in_([number for number, _ in targets]),
+            )
+            .values(held_back=False)
+            .execution_options(synchronize_session=False)
+        )
     if sticky is not None:
         current.sticky = sticky
     await session.flush()

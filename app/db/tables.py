@@ -142,6 +142,9 @@ class AdapterRow(Row):
 class VersionRow(Row):
     """Immutable weights. `released_at`: deleted, and no replica holds it any more.
 
+    `held_back`: registered, and `latest` has not come to it yet, since it is first to be loaded
+    where the adapter is used.
+
     `probe` is read only where it is asked for by name: it may be long, and a list of versions
     needs to know no more than whether there is one.
     """
@@ -168,6 +171,7 @@ class VersionRow(Row):
     deleted_at: Mapped[datetime | None]
     released_at: Mapped[datetime | None]
     targets_lm_head: Mapped[bool] = mapped_column(server_default=false())
+    held_back: Mapped[bool] = mapped_column(server_default=false())
     probe: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
 
 

@@ -109,14 +109,17 @@ class Fleet:
         if found is None:
             return
         name = version.upstream_name
+        found.arrivals.setdefault(name, 0)  # it is about to be asked for: nobody unloads it now
         homes = {r: None for old in like for r in found.holders(old) if r.available}
         if not homes and version.probed:
             now = self._clock.monotonic()
             homes = {r: None for r in found.candidates(name, now)[:1] if r.available}
+        lacking = [replica for replica in homes if self.loads.needed(replica, version)]
         ended = await asyncio.gather(
-            *(self.loads.load(replica, version) for replica in homes), return_exceptions=True
+            *(self.loads.load(replica, version) for replica in lacking), return_exceptions=True
         )
-        ready = [r for r, error in zip(homes, ended, strict=True) if error is None]
+        failed = {r for r, error in zip(lacking, ended, strict=True) if error is not None}
+        ready = [replica for replica in homes if replica not in failed]
         failures = [error for error in ended if isinstance(error, AdapterLoadFailed)]
         if failures and not ready:
             raise failures[0]

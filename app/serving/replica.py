@@ -293,7 +293,10 @@ class LiveReplica:
         return await self.backend.list_adapters()
 
     async def unload(self, upstream_name: str) -> None:
-        """Make the engine forget an adapter."""
+        """Make the engine forget an adapter, unless a load of it is under way."""
         self.forget(upstream_name)
-        await self.backend.unload_adapter(upstream_name)
+        async with self.load_turn:  # a load asked for from now on comes after
+            if upstream_name in self.residency.known:
+                return
+            await self.backend.unload_adapter(upstream_name)
         log(logger, logging.INFO, Event.ADAPTER_UNLOADED, replica=self.id, adapter=upstream_name)

@@ -1,4 +1,5 @@
-"""What a fleet needs to know: a pool's slots and queue, a version's probe, an alias's stickiness.
+"""What a fleet needs to know: a pool's slots and queue, a version's probe and whether it waits
+for its release, an alias's stickiness.
 
 Revision ID: 0002
 Revises: 0001
@@ -31,6 +32,10 @@ def upgrade() -> None:
         sa.Column("targets_lm_head", sa.Boolean(), server_default=sa.false(), nullable=False),
     )
     op.add_column(
+        "adapter_versions",
+        sa.Column("held_back", sa.Boolean(), server_default=sa.false(), nullable=False),
+    )
+    op.add_column(
         "adapter_versions", sa.Column("probe", sa.JSON(none_as_null=True), nullable=True)
     )
     op.add_column(
@@ -53,6 +58,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_column("aliases", "sticky")
     op.drop_column("adapter_versions", "probe")
+    op.drop_column("adapter_versions", "held_back")
     op.drop_column("adapter_versions", "targets_lm_head")
     op.drop_column("pools", "max_queue")
     op.drop_column("pools", "max_inflight")

@@ -38,6 +38,8 @@ class FakeEngine:
         self.weights: dict[str, str] = {}
         self.dead = False
         self.call_s = 0.0
+        #: Computes something else with the same weights.
+        self.wrong = False
         #: What /loragate/features says; None is a vLLM without the plugin.
         self.features: dict[str, Any] | None = dict(dialect.FEATURES)
         #: What /metrics says; the part of it that a gateway reads.
@@ -87,11 +89,15 @@ class FakeEngine:
             raise dialect.unknown_model(model, self.served)
         rid = request.header("x-request-id") or f"{next(self._ids):016x}"
         try:
-            return say(model, payload | {"weights": self.weights.get(model)}, rid)
+            return say(model, payload | {"weights": self._computed_with(model)}, rid)
         except KeyError as exc:
             field = f"body.{exc.args[0]}"
             message = f"1 validation error:\n  Field required: {field}"
             raise Refusal(400, message, "Bad Request", field) from exc
+
+    def _computed_with(self, model: str) -> str | None:
+        weights = self.weights.get(model)
+        return f"wrongly {weights}" if self.wrong else weights
 
     async def _load(self, payload: dict[str, Any]) -> tuple[int, bytes]:
         name, path = payload["lora_name"], payload["lora_path"]

@@ -84,6 +84,7 @@ class Place:
             now = self._clock.monotonic()
             demand = self._demands.setdefault(name, Demand(now))
             demand.update(pool, now)
+            over = self._over(pool, demand, snapshot, now)
             made = plan(
                 [
                     Wanted(
@@ -93,9 +94,10 @@ class Place:
                         tuple(r.id for r in pool.homes.get(version, ())),
                     )
                     for version, rate in demand.rates.items()
+                    if version not in over
                 ],
                 [_seen(replica) for replica in pool.replicas if replica.available],
-                self._over(pool, demand, snapshot, now),
+                over,
             )
             _follow(pool, made)
             done["homes"] += sum(map(len, made.homes.values()))
@@ -139,7 +141,9 @@ class Place:
                 tasks.create_task(self._unload(replicas[action.replica], action.name, done))
 
     async def _unload(self, replica: LiveReplica, name: str, done: dict[str, int]) -> None:
-        if not self._fleet.inflight(name):
+        # An alias may be about to point to it, or do so since the plan was made.
+        wanted = name in replica.in_pool.arrivals or self._fleet.inflight(name)
+        if not wanted:
             done[await _tried(replica.unload(name), "unloaded")] += 1
 
 
