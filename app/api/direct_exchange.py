@@ -117,13 +117,22 @@ class DirectExchange:
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return connection.writable
 
+    def push_chunk(self, framed: bytes) -> asyncio.Future[None] | None:
+        """Send a chunk on that is framed as this connection frames its own."""
+        connection = self._connection
+        transport = connection.transport
+        if transport.is_closing():
+            return None
+        transport.write(framed)
+        return connection.writable
+
     async def write(self, data: bytes) -> None:
         blocked = self.push(data)
         if blocked is not None:
             await blocked
 
     async def relay(self, reply: Reply) -> None:
-        await reply.pipe(self.push)
+        await reply.pipe(self.push, self.push_chunk if self._chunked else None)
 
     async def end(self) -> None:
         if self._connection.transport.is_closing():

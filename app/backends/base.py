@@ -44,8 +44,12 @@ class ReplyBody(Protocol):
             UpstreamTimeout: it was silent for too long.
         """
 
-    async def pipe(self, push: Push) -> None:
-        """Push the bytes on as they arrive, until the end. Raises as `next` does."""
+    async def pipe(self, push: Push, push_chunk: Push | None = None) -> None:
+        """Push the bytes on as they arrive, until the end. Raises as `next` does.
+
+        `push_chunk`, where given, takes whole chunks of HTTP/1.1's chunked coding as they came,
+        size and line ends included: so they are not taken apart and put together again.
+        """
 
     def take(self) -> bytes:
         """What has arrived and was not read, without waiting."""
@@ -61,6 +65,9 @@ class Tap(Protocol):
 
     def around(self, push: Push) -> Push:
         """`push` behind `feed`, in one call where nothing has to be withheld."""
+
+    def around_chunks(self, push: Push, push_chunk: Push) -> Push:
+        """The same for whole chunks as they came; one that is changed goes to `push`."""
 
     def finish(self) -> bytes:
         """What was held back and belongs to the client after all."""
@@ -119,18 +126,23 @@ class Reply:
                 return data
         return b""
 
-    async def pipe(self, push: Push) -> None:
+    async def pipe(self, push: Push, push_chunk: Push | None = None) -> None:
         """Push the reply on as it arrives: `next` without a task step for each piece.
+
+        `push_chunk`: see `ReplyBody.pipe`.
 
         Raises:
             UpstreamBroke: the replica closed before the end.
             UpstreamTimeout: it was silent for too long.
         """
-        if self._tap is None:
-            await self._body.pipe(push)
+        tap = self._tap
+        if tap is None:
+            await self._body.pipe(push, push_chunk)
             return
-        await self._body.pipe(self._tap.around(push))
-        if held := self._tap.finish():
+        if push_chunk is not None:
+            push_chunk = tap.around_chunks(push, push_chunk)
+        await self._body.pipe(tap.around(push), push_chunk)
+        if held := tap.finish():
             push(held)
 
     def take(self) -> bytes:
@@ -171,7 +183,7 @@ class BufferedBody:
     async def next(self) -> bytes:
         return self.take()
 
-    async def pipe(self, push: Push) -> None:
+    async def pipe(self, push: Push, push_chunk: Push | None = None) -> None:
         push(self.take())
 
     def take(self) -> bytes:

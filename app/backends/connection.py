@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from app.backends.wire import Client
 
 
+_HEX = b"0123456789abcdefABCDEF"
+
+
 class Response:
     """One answer. `headers` have lower-case names."""
 
@@ -27,6 +30,7 @@ class Response:
         "_error",
         "_loop",
         "_push",
+        "_push_chunk",
         "_size",
         "_waiter",
         "complete",
@@ -45,6 +49,7 @@ class Response:
         self._error: UpstreamError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._push: Push | None = None
+        self._push_chunk: Push | None = None
 
     async def next(self) -> bytes:
         """All bytes that have arrived since the last call; empty at the end."""
@@ -60,13 +65,14 @@ class Response:
                 self._waiter = None
         return self.take()
 
-    async def pipe(self, push: Push) -> None:
+    async def pipe(self, push: Push, push_chunk: Push | None = None) -> None:
         """Push bytes on from the moment they arrive, until the end."""
         while self._chunks:  # read ahead until now, and while the sink was blocked
             blocked = push(self.take())
             if blocked is not None:
                 await blocked
         self._push = push
+        self._push_chunk = push_chunk
         while not self.complete and self._error is None:
             self._waiter = self._loop.create_future()
             await self._waiter
@@ -129,6 +135,7 @@ class Connection(asyncio.Protocol):
         self._in_body = False
         self._length: int | None = None
         self._chunked = False
+        self._between_chunks = False
         self._paused = False
         self._closed = False
 
@@ -141,6 +148,7 @@ class Connection(asyncio.Protocol):
         self._in_body = False
         self._length = None
         self._chunked = False
+        self._between_chunks = False
         self.heard = False
         self.deadline = self.client.tick + self.client.first_byte_ticks
         self.transport.write(message)
@@ -191,6 +199,13 @@ class Connection(asyncio.Protocol):
         if response is None:  # nothing was asked: not a server to trust with the next request
             self._fail(None)
             return
+        if self._between_chunks and response._push_chunk is not None and _is_one_chunk(data):
+            # A stream's usual piece, passed on as it came. The parser keeps nothing from one
+            # chunk to the next, so it need not see this one.
+            self.heard = True
+            if (blocked := response._push_chunk(data)) is not None:
+                response._hold(blocked)
+            return
         if not self._in_body:
             self._head_bytes += len(data)
         try:
@@ -199,8 +214,11 @@ class Connection(asyncio.Protocol):
             # After the end of a response, this only closes the connection.
             self._fail(UpstreamBroke(f"replica {self.client.name} did not answer in HTTP: {exc}"))
             return
-        if self._response is not response:
-            return
+        if self._response is response:
+            self._parsed(response)
+
+    def _parsed(self, response: Response) -> None:
+        """More of a response is here, and not yet all of it."""
         if not self._in_body:
             if self._head_bytes > self.client.limits.head_bytes:
                 self._fail(UpstreamBroke(f"replica {self.client.name} sent too large a header"))
@@ -210,7 +228,6 @@ class Connection(asyncio.Protocol):
         if push is None:
             self._body_received(response)
         elif chunks := response._chunks:
-            # A piped stream: this is all that happens for each of its pieces.
             data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             chunks.clear()
             response._size = 0
@@ -276,6 +293,12 @@ class Connection(asyncio.Protocol):
             response._chunks.append(data)
             response._size += len(data)
 
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
+
     def on_message_complete(self) -> None:
         if self._in_body and self._response is not None:
             self._finish(self._response)
@@ -310,3 +333,15 @@ class Connection(asyncio.Protocol):
     @property
     def nothing_received(self) -> bool:
         return self._head_bytes == 0
+
+
+def _is_one_chunk(data: bytes) -> bool:
+    """Whether these bytes are one chunk with data in it, whole, and without extensions.
+
+    (RFC 9112, section 7.1.) Anything else is left to the parser.
+    """
+    end = data.find(b"\r\n", 0, 10)
+    if end < 1 or data[:end].strip(_HEX) or not data.endswith(b"\r\n"):
+        return False
+    length = int(data[:end], 16)
+    return length > 0 and len(data) == end + 4 + length

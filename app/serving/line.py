@@ -48,12 +48,14 @@ class Line:
         self._lines.setdefault(waiter.name, deque()).append(waiter)
         self.length += 1
 
-    def leave(self, waiter: Waiter) -> None:
-        """It waits no longer: its client left."""
+    def leave(self, waiter: Waiter) -> bool:
+        """It waits no longer: its client left. False if it was not in line any more."""
         line = self._lines.get(waiter.name)
-        if line is not None and waiter in line:
-            line.remove(waiter)
-            self._shrunk(waiter.name, line)
+        if line is None or waiter not in line:
+            return False
+        line.remove(waiter)
+        self._shrunk(waiter.name, line)
+        return True
 
     def pop(self, takes: Callable[[str], bool]) -> Waiter | None:
         """The next waiter whose name `takes`; its adapter then waits behind the others."""

@@ -154,7 +154,7 @@ class Loads:
             self._count(replica, "failed")
             raise
         self._count(replica, "loaded")
-        replica.residency.loaded(name, path)
+        replica.loaded(name, path)
         if version.targets_lm_head:
             replica.lm_head.add(name)
         duration_s = round(self._clock.monotonic() - started, 4)

@@ -48,6 +48,7 @@ class LivePool:
             self.config = config
             for replica in self.replicas:
                 replica.residency.resize(config.max_loras, config.cpu_slots)
+                replica.serve_line()
 
     def consists_of(self, replicas: list[LiveReplica]) -> None:
         """Replicas came or went; homes on those that went are given up."""

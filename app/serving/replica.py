@@ -122,7 +122,7 @@ class LiveReplica:
         if name != pool.config.served_name:
             self.busy[name] = self.busy.get(name, 0) + 1
             pool.arrivals[name] = pool.arrivals.get(name, 0) + 1
-            if name != self._used:
+            if name != self._used and name in self.residency.known:
                 self._used = name
                 self.residency.used(name)
 
@@ -149,27 +149,35 @@ class LiveReplica:
             return await waiter.turn
         except asyncio.CancelledError:
             if waiter.turn.cancelled():
-                self.line.leave(waiter)
-                self.in_pool.waiting -= 1
+                if self.line.leave(waiter):
+                    self.in_pool.waiting -= 1
+                    self.serve_line()  # the slot it wanted need not be given up any more
             elif waiter.turn.result():
+                self.breaker.abandoned()
                 self.release(name)  # it was just given a claim, and nobody is there to use it
             raise
 
     def serve_line(self) -> None:
         """Give free places to those who wait."""
+        now = self._clock.monotonic()
         self._rotate()
-        while (waiter_ := self.line.pop(self.takes)) is not None:
+        while self.allows(now) and (waiter := self.line.pop(self.takes)) is not None:
             self.in_pool.waiting -= 1
-            if not waiter_.turn.done():
-                self.claim(waiter_.name)
-                waiter_.turn.set_result(True)
+            if not waiter.turn.done():
+                self.claim(waiter.name)
+                waiter.turn.set_result(True)
+            self._rotate()
+        if not self.allows(now):
+            self._send_away()  # one of them tries a half-open breaker, and may do so for long
 
     def _rotate(self) -> None:
         """Let the adapter that has had its slot for longest run out, if another waited too long."""
-        if self._retiring is not None or len(self.busy) < self.in_pool.config.max_loras:
-            return
-        since = self.line.eldest(self._slotless)
-        if since is not None and self._clock.monotonic() - since >= QUANTUM_S:
+        since = None
+        if len(self.busy) >= self.in_pool.config.max_loras:
+            since = self.line.eldest(self._slotless)
+        if since is None:
+            self._retiring = None
+        elif self._retiring is None and self._clock.monotonic() - since >= QUANTUM_S:
             self._retiring = next(iter(self.busy))
 
     def _slotless(self, name: str) -> bool:
@@ -271,6 +279,11 @@ class LiveReplica:
         self.verified.discard(upstream_name)
         self.lm_head.discard(upstream_name)
         return self.residency.forget(upstream_name)
+
+    def loaded(self, upstream_name: str, path: str) -> None:
+        """It has read an adapter's weights."""
+        self._used = upstream_name
+        self.residency.loaded(upstream_name, path)
 
     async def list_adapters(self) -> dict[str, str]:
         """What the engine itself says it has: name -> path."""

@@ -117,7 +117,7 @@ class MergedBody:
         self._waiter: Future[None] | None = None
         self._room: Future[None] | None = None
 
-    async def pipe(self, push: Push) -> None:
+    async def pipe(self, push: Push, push_chunk: Push | None = None) -> None:
         try:
             await together(
                 [stream.pipe(partial(self._passed, push, stream)) for stream in self._streams]

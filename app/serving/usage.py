@@ -23,6 +23,8 @@ _PENDING = re.compile(rb'"usage":\s{0,64}\Z')
 _NO_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
 #: The ends an event may have; vLLM writes the first.
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+#: The same, of a chunk as it is sent.
+_CHUNK_ENDS = tuple(end + b"\r\n" for end in _EVENT_ENDS)
 _BETWEEN_EVENTS = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
 #: An event longer than this is passed on in pieces.
 _EVENT_BYTES = 1 << 20
@@ -66,6 +68,15 @@ class UsageTap:
                 if not data:
                     return None
             return push(data)
+
+        return tapped
+
+    def around_chunks(self, push: Push, push_chunk: Push) -> Push:
+        def tapped(framed: bytes) -> Future[None] | None:
+            if _KEY in framed or self._open or not framed.endswith(_CHUNK_ENDS):  # see `feed`
+                data = self.feed(framed[framed.index(b"\r\n") + 2 : -2])
+                return push(data) if data else None
+            return push_chunk(framed)
 
         return tapped
 

@@ -25,6 +25,10 @@ class Served:
     url: str
     data_dir: Path
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
     def start(self, within_s: float = 60) -> None:
         self.process.start()
         self.wait_ready(within_s)

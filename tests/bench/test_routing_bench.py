@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -165,7 +166,12 @@ def test_targets_are_against_the_best_of_the_policies() -> None:
 def test_a_small_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """loragate before four simulated replicas: real processes, every answer checked."""
     allowed = os.sched_getaffinity(0)
-    assert routing.main(["--tiny", "--only", "loragate", "--out", str(tmp_path)]) == 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert routing.main(["--tiny", "--only", "loragate", "--out", str(tmp_path)]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert os.sched_getaffinity(0) == allowed
     document = json.loads((tmp_path / "routing.json").read_text())
     (ours,) = document["contenders"]

@@ -484,7 +484,7 @@ async def test_a_slow_client_is_waited_for_and_costs_little(open_door: Open, cli
             produced += 1
             return b"x" * 10_000 if produced <= 3000 else b""
 
-        async def pipe(self, push: Any) -> None:
+        async def pipe(self, push: Any, push_chunk: Any = None) -> None:
             while data := await self.next():
                 if (blocked := push(data)) is not None:
                     await blocked

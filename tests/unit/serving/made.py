@@ -202,7 +202,7 @@ class StreamedBody:
             raise self.error
         return b""
 
-    async def pipe(self, push: Push) -> None:
+    async def pipe(self, push: Push, push_chunk: Push | None = None) -> None:
         while data := await self.next():
             push(data)
 

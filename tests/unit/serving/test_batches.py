@@ -316,7 +316,7 @@ async def test_a_reader_that_does_not_ask_holds_the_parts_back() -> None:
     upstream = StreamedBody(*[event(0, "x" * 1000)] * 1000, DONE)
 
     class Patient(StreamedBody):
-        async def pipe(self, push: Any) -> None:
+        async def pipe(self, push: Any, push_chunk: Any = None) -> None:
             while data := await upstream.next():
                 if (blocked := push(data)) is not None:
                     await blocked
