@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,9 @@ PROMPTS = 256
 SHARED_TOKENS, OWN_TOKENS = 640, 8
 VOCABULARY = 2048
 ADAPTER = "pirate"
+#: These take turns in every order, as each may leave something to the next; then the slow ones.
+COMPARED = ("batch", "batch_gateway", "singles_gateway")
+SLOW = ("singles", "in_turn")
 #: Logprobs of a sampled token do not depend on who else is in the step, but for rounding.
 TOLERANCE = 1e-3
 STARTS_VLLM_S = 300.0
@@ -59,7 +63,7 @@ class Plan:
     pairs: int
 
 
-THOROUGH = Plan(rounds=21, slow_rounds=3, pairs=500)
+THOROUGH = Plan(rounds=24, slow_rounds=3, pairs=500)
 QUICK = Plan(rounds=2, slow_rounds=1, pairs=20)
 
 
@@ -196,13 +200,13 @@ async def measure(
     ways = Ways(vllm, straight, through)
     await _agree(ways, vllm)
     rounds: dict[str, list[Round]] = {way: [] for way in ways.all}
-    for number in range(plan.rounds):
-        names = list(ways.all)[: 5 if number < plan.slow_rounds else 3]
-        turn = number % len(names)
-        for way in names[turn:] + names[:turn]:
+    orders = itertools.cycle(itertools.permutations(COMPARED))
+    for number, order in zip(range(plan.rounds), orders, strict=False):
+        names = [*order, *(SLOW if number < plan.slow_rounds else ())]
+        for way in names:
             found, _ = await ways.measure(way)
             rounds[way].append(found)
-        told = ", ".join(f"{way} {rounds[way][-1].seconds:.2f} s" for way in names)
+        told = ", ".join(f"{way} {rounds[way][-1].seconds:.2f} s" for way in sorted(names))
         print(f"[{number + 1:>2}/{plan.rounds}] {told}", flush=True)
     print(f"low load: {plan.pairs} pairs", flush=True)
     return rounds, await low_load(vllm, through, off, plan.pairs)
