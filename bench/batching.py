@@ -35,7 +35,7 @@ from bench.batching_report import Conditions, Low, Round
 from bench.client import Unready, alive_before
 from bench.keepalive import connections
 from bench.peers import ROOT
-from bench.processes import Unusable, exit_on_signals, free_port, running
+from bench.processes import Unusable, exit_on_signals, free_port, running, weigh
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = 256
@@ -69,10 +69,11 @@ QUICK = Plan(rounds=2, slow_rounds=1, pairs=20)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to ask, and the model's name there."""
+    """Where to ask, and the model's name there; `pid` is the process to weigh."""
 
     port: int
     model: str
+    pid: int
 
     def request(self, prompt: Sequence[int] | Sequence[Sequence[int]]) -> bytes:
         """A whole HTTP request for the next token's logprobs."""
@@ -88,8 +89,9 @@ class Place:
 class Vllm:
     """The replica, with what its own metrics say; makes up prompts that it has never seen."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, pid: int) -> None:
         self.port = port
+        self.pid = pid
         self._rng = Random(0)
 
     def fresh(self, prefix: Sequence[int] = (), count: int = PROMPTS) -> list[list[int]]:
@@ -122,6 +124,7 @@ class Ways:
 
     def __init__(self, vllm: Vllm, straight: Place, through: Place) -> None:
         self._vllm = vllm
+        self._gateway = through.pid
         self.all = {
             "batch": lambda prompts: self._batch(straight, prompts),
             "batch_gateway": lambda prompts: self._batch(through, prompts),
@@ -135,15 +138,16 @@ class Ways:
     ) -> tuple[Round, list[float]]:
         """One round of a way, on prompts of its own unless some are given."""
         asked = prompts or self._vllm.fresh()
-        before = self._vllm.counters()
+        before, weight = self._vllm.counters(), weigh(self._gateway)
         seconds, bodies = await self.all[way](asked)
+        cpu_s = weigh(self._gateway).cpu_s - weight.cpu_s
         queries, hits, calls = (
             now - then for now, then in zip(self._vllm.counters(), before, strict=True)
         )
         choices = [choice for body in bodies for choice in _choices(body)]
         if len(choices) != len(asked):
             raise Unready(f"{way}: {len(choices)} answers to {len(asked)} prompts")
-        return Round(seconds, int(calls), hits / queries), choices
+        return Round(seconds, int(calls), hits / queries, cpu_s), choices
 
     async def _batch(
         self, place: Place, prompts: Sequence[Sequence[int]]
@@ -254,7 +258,7 @@ def vllm_running(scratch: Path) -> Iterator[Vllm]:
     log = scratch / "vllm.log"
     with running(argv, core=None, log=log, env=env) as process:
         _until_200(port, "/health", process, log, STARTS_VLLM_S)
-        yield Vllm(port)
+        yield Vllm(port, process.pid)
 
 
 @contextlib.contextmanager
@@ -289,7 +293,7 @@ def gateway_running(
         _until_200(port, f"/v1/models/{model}", process, log, 10.0)
         ask = {"model": model, "prompt": "x", "max_tokens": 1}
         httpx.post(f"{url}/v1/completions", json=ask, timeout=60).raise_for_status()
-        yield Place(port, model)
+        yield Place(port, model, process.pid)
 
 
 def _until_200(port: int, path: str, process: Any, log: Path, within_s: float) -> None:
@@ -323,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 vllm = stack.enter_context(vllm_running(scratch))
                 on = stack.enter_context(gateway_running(scratch, "on", vllm))
                 off = stack.enter_context(gateway_running(scratch, "off", vllm, COALESCING_OFF))
-                straight = Place(vllm.port, on.model)
+                straight = Place(vllm.port, on.model, vllm.pid)
                 rounds, low = asyncio.run(measure(vllm, straight, on, off, plan))
     except (Unusable, Unready) as exc:
         print(f"bench: {exc}", file=sys.stderr)

@@ -23,11 +23,15 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One way once: seconds, calls that reached vLLM, and the part of tokens its cache had."""
+    """One way once: seconds, calls that reached vLLM, and the part of tokens its cache had.
+
+    `gateway_cpu_s` is what the gateway's process used meanwhile, in ticks of 10 ms.
+    """
 
     seconds: float
     calls: int
     hit_rate: float
+    gateway_cpu_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,9 @@ def page(rounds: Rounds, low: Low, conditions: Conditions) -> str:
         f"One request after another over one connection, {low.pairs} pairs: p50 {low.on_ms:.2f} ms "
         f"with coalescing, {low.off_ms:.2f} ms without; within a pair {low.added_ms:+.2f} ms.",
         "",
+        f"The gateway's own CPU, on average: {_cpu_ms(rounds, 'batch_gateway'):.0f} ms for the "
+        f"batch, {_cpu_ms(rounds, 'singles_gateway'):.0f} ms for the {c.prompts} requests at once.",
+        "",
         "## What loragate holds itself to",
         "",
         "| | bound | measured | |",
@@ -162,6 +169,11 @@ def _line(rounds: Rounds, way: str) -> str:
         f"| {TITLES[way]} | {len(found)} | {told} | {median(seconds):.3f} | {min(seconds):.3f} "
         f"| {max(seconds):.3f} | {ratio(rounds, way, 'batch'):.3f} | {hits:.1%} |"
     )
+
+
+def _cpu_ms(rounds: Rounds, way: str) -> float:
+    """A mean: ticks are too coarse for a median."""
+    return 1000 * sum(each.gateway_cpu_s for each in rounds[way]) / len(rounds[way])
 
 
 def _seconds(found: Sequence[Round]) -> float:
