@@ -57,6 +57,7 @@ class _Features(msgspec.Struct):
     prompt_logprobs: bool
     prompt_logprobs_with_lora: bool
     prompt_logprobs_with_lm_head_lora: bool
+    dtype: str | None = None
 
 
 class _Complaint(msgspec.Struct):
@@ -183,6 +184,7 @@ class VllmBackend:
             prompt_logprobs=found.prompt_logprobs,
             lora_prompt_logprobs=found.prompt_logprobs_with_lora,
             lm_head_prompt_logprobs=found.prompt_logprobs_with_lm_head_lora,
+            dtype=found.dtype,
         )
 
     async def close(self) -> None:
