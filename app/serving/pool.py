@@ -16,6 +16,8 @@ from app.serving.retries import RetryBudget
 
 #: A home found on the spot may have this much more than the mean load.
 _BOUND = 1.25
+#: Engines told apart before their bits are given out anew: each restart takes one more.
+_BITS = 512
 
 
 class LivePool:
@@ -40,6 +42,11 @@ class LivePool:
 
     def new_bit(self) -> int:
         """One more engine for the prefix table to tell apart."""
+        if self._bits >= _BITS + len(self.replicas):
+            self.prefixes = PrefixTable()
+            for number, replica in enumerate(self.replicas):
+                replica.bit = 1 << number
+            self._bits = len(self.replicas)
         self._bits += 1
         return 1 << (self._bits - 1)
 
