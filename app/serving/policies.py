@@ -58,8 +58,12 @@ def pick(
         chain = blocks(name, request.prefix)
     few = among if len(among) <= FEW else _few(pool, chain, among)
     usable = _usable(few, name, now, tried, fits)
-    if not usable:
-        usable = _usable(pool.holders(name) if adapted else among, name, now, tried, fits)
+    placed = [r for r in usable if r.takes(name)]
+    if not placed:  # to wait is worse than any score
+        others = _usable(pool.holders(name) if adapted else among, name, now, tried, fits)
+        placed = [r for r in others if r.takes(name)]
+        usable = usable or others
+    usable = placed or usable
     if len(usable) > 1:
         if not chain and all(not adapted or r.residency.in_slot(name) for r in usable):
             return _least(usable, now)
