@@ -272,8 +272,8 @@ class Clients:
         self.client = gateway.async_openai_client(timeout=120, http_client=http)
 
     async def _note(self, response: httpx.Response) -> None:
-        if response.is_success:
-            self.answers[response.headers["x-loragate-replica"]] += 1
+        if response.is_success:  # a batch that was split names them all
+            self.answers.update(response.headers["x-loragate-replica"].split(","))
 
     async def ask(self) -> None:
         key = self._chance.choice(self._keys)
@@ -340,7 +340,7 @@ async def test_a_thousand_mixed_requests_get_the_right_weights(
         for _ in range(AT_ONCE):
             tasks.create_task(work())
     assert (clients.wrong, clients.failed, clients.cut) == ([], [], [])
-    assert clients.answers.total() == REQUESTS
+    assert clients.answers.total() >= REQUESTS
     assert len(clients.answers) == 2
     assert min(clients.answers.values()) > REQUESTS / 10
 
