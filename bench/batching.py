@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -33,8 +34,9 @@ from bench import batching_report, machine
 from bench.batching_report import Conditions, Low, Round
 from bench.client import Unready, alive_before
 from bench.keepalive import connections
+from bench.null_upstream import replying
 from bench.peers import ROOT
-from bench.processes import Unusable, exit_on_signals, free_port, running
+from bench.processes import Unusable, exit_on_signals, free_port, running, weigh
 
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = 256
@@ -42,6 +44,9 @@ PROMPTS = 256
 SHARED_TOKENS, OWN_TOKENS = 640, 8
 VOCABULARY = 2048
 ADAPTER = "pirate"
+#: These take turns in every order, as each may leave something to the next; then the slow ones.
+COMPARED = ("batch", "batch_gateway", "singles_gateway")
+SLOW = ("singles", "in_turn")
 #: Logprobs of a sampled token do not depend on who else is in the step, but for rounding.
 TOLERANCE = 1e-3
 STARTS_VLLM_S = 300.0
@@ -59,16 +64,17 @@ class Plan:
     pairs: int
 
 
-THOROUGH = Plan(rounds=21, slow_rounds=3, pairs=500)
+THOROUGH = Plan(rounds=24, slow_rounds=3, pairs=500)
 QUICK = Plan(rounds=2, slow_rounds=1, pairs=20)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to ask, and the model's name there."""
+    """Where to ask, and the model's name there; `pid` is the process to weigh."""
 
     port: int
     model: str
+    pid: int
 
     def request(self, prompt: Sequence[int] | Sequence[Sequence[int]]) -> bytes:
         """A whole HTTP request for the next token's logprobs."""
@@ -84,8 +90,9 @@ class Place:
 class Vllm:
     """The replica, with what its own metrics say; makes up prompts that it has never seen."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, pid: int) -> None:
         self.port = port
+        self.pid = pid
         self._rng = Random(0)
 
     def fresh(self, prefix: Sequence[int] = (), count: int = PROMPTS) -> list[list[int]]:
@@ -118,6 +125,7 @@ class Ways:
 
     def __init__(self, vllm: Vllm, straight: Place, through: Place) -> None:
         self._vllm = vllm
+        self._gateway = through.pid
         self.all = {
             "batch": lambda prompts: self._batch(straight, prompts),
             "batch_gateway": lambda prompts: self._batch(through, prompts),
@@ -131,15 +139,16 @@ class Ways:
     ) -> tuple[Round, list[float]]:
         """One round of a way, on prompts of its own unless some are given."""
         asked = prompts or self._vllm.fresh()
-        before = self._vllm.counters()
+        before, weight = self._vllm.counters(), weigh(self._gateway)
         seconds, bodies = await self.all[way](asked)
+        cpu_s = weigh(self._gateway).cpu_s - weight.cpu_s
         queries, hits, calls = (
             now - then for now, then in zip(self._vllm.counters(), before, strict=True)
         )
         choices = [choice for body in bodies for choice in _choices(body)]
         if len(choices) != len(asked):
             raise Unready(f"{way}: {len(choices)} answers to {len(asked)} prompts")
-        return Round(seconds, int(calls), hits / queries), choices
+        return Round(seconds, int(calls), hits / queries, cpu_s), choices
 
     async def _batch(
         self, place: Place, prompts: Sequence[Sequence[int]]
@@ -191,21 +200,20 @@ async def low_load(vllm: Vllm, on: Place, off: Place, pairs: int) -> Low:
 
 
 async def measure(
-    vllm: Vllm, straight: Place, through: Place, off: Place, plan: Plan
-) -> tuple[dict[str, list[Round]], Low]:
+    vllm: Vllm, straight: Place, through: Place, plan: Plan
+) -> dict[str, list[Round]]:
     ways = Ways(vllm, straight, through)
     await _agree(ways, vllm)
     rounds: dict[str, list[Round]] = {way: [] for way in ways.all}
-    for number in range(plan.rounds):
-        names = list(ways.all)[: 5 if number < plan.slow_rounds else 3]
-        turn = number % len(names)
-        for way in names[turn:] + names[:turn]:
+    orders = itertools.cycle(itertools.permutations(COMPARED))
+    for number, order in zip(range(plan.rounds), orders, strict=False):
+        names = [*order, *(SLOW if number < plan.slow_rounds else ())]
+        for way in names:
             found, _ = await ways.measure(way)
             rounds[way].append(found)
-        told = ", ".join(f"{way} {rounds[way][-1].seconds:.2f} s" for way in names)
+        told = ", ".join(f"{way} {rounds[way][-1].seconds:.2f} s" for way in sorted(names))
         print(f"[{number + 1:>2}/{plan.rounds}] {told}", flush=True)
-    print(f"low load: {plan.pairs} pairs", flush=True)
-    return rounds, await low_load(vllm, through, off, plan.pairs)
+    return rounds
 
 
 async def _agree(ways: Ways, vllm: Vllm) -> None:
@@ -250,21 +258,21 @@ def vllm_running(scratch: Path) -> Iterator[Vllm]:
     log = scratch / "vllm.log"
     with running(argv, core=None, log=log, env=env) as process:
         _until_200(port, "/health", process, log, STARTS_VLLM_S)
-        yield Vllm(port)
+        yield Vllm(port, process.pid)
 
 
 @contextlib.contextmanager
 def gateway_running(
-    scratch: Path, name: str, vllm: Vllm, more: Mapping[str, str] | None = None
+    scratch: Path, name: str, replica: str, more: Mapping[str, str] | None = None
 ) -> Iterator[Place]:
-    """A whole gateway in front of it, with the adapter registered and loaded."""
+    """A whole gateway in front of a replica, with the adapter registered and loaded."""
     port = free_port()
     pool = {
         "name": "bench",
         "base_model": demo.BASE_NAME,
         "base_model_path": str(demo.MODEL_DIR),
         "max_lora_rank": 16,
-        "replicas": [f"http://127.0.0.1:{vllm.port}"],
+        "replicas": [replica],
     }
     env = {
         "LORAGATE_HOST": "127.0.0.1",
@@ -285,7 +293,7 @@ def gateway_running(
         _until_200(port, f"/v1/models/{model}", process, log, 10.0)
         ask = {"model": model, "prompt": "x", "max_tokens": 1}
         httpx.post(f"{url}/v1/completions", json=ask, timeout=60).raise_for_status()
-        yield Place(port, model)
+        yield Place(port, model, process.pid)
 
 
 def _until_200(port: int, path: str, process: Any, log: Path, within_s: float) -> None:
@@ -317,10 +325,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.ExitStack() as stack:
                 print("starting vLLM", flush=True)
                 vllm = stack.enter_context(vllm_running(scratch))
-                on = stack.enter_context(gateway_running(scratch, "on", vllm))
-                off = stack.enter_context(gateway_running(scratch, "off", vllm, COALESCING_OFF))
-                straight = Place(vllm.port, on.model)
-                rounds, low = asyncio.run(measure(vllm, straight, on, off, plan))
+                url = f"http://127.0.0.1:{vllm.port}"
+                on = stack.enter_context(gateway_running(scratch, "on", url))
+                off = stack.enter_context(gateway_running(scratch, "off", url, COALESCING_OFF))
+                straight = Place(vllm.port, on.model, vllm.pid)
+                rounds = asyncio.run(measure(vllm, straight, on, plan))
+                print(f"low load: {plan.pairs} pairs", flush=True)
+                low = asyncio.run(low_load(vllm, on, off, plan.pairs))
+            # vLLM's own spread hides tenths of a millisecond; a replica that answers at once shows
+            # them. vLLM has stopped by then.
+            with contextlib.ExitStack() as stack:
+                null = stack.enter_context(replying(None, scratch, demo.BASE_NAME)).urls[0]
+                on = stack.enter_context(gateway_running(scratch, "null-on", null))
+                off = stack.enter_context(
+                    gateway_running(scratch, "null-off", null, COALESCING_OFF)
+                )
+                bare = asyncio.run(low_load(vllm, on, off, 4 * plan.pairs))
     except (Unusable, Unready) as exc:
         print(f"bench: {exc}", file=sys.stderr)
         return 2
@@ -334,10 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         shared_tokens=SHARED_TOKENS,
         own_tokens=OWN_TOKENS,
     )
-    text = batching_report.page(rounds, low, conditions)
+    text = batching_report.page(rounds, low, bare, conditions)
     print(f"\n{text}")
     if not quick:
-        batching_report.write(rounds, low, conditions, RESULTS)
+        batching_report.write(rounds, low, bare, conditions, RESULTS)
     return 0
 
 

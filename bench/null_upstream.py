@@ -36,13 +36,13 @@ class Upstream:
 
 
 @contextlib.contextmanager
-def replying(core: int, scratch: Path) -> Iterator[Upstream]:
-    """nginx, answering every chat completion with one fixed JSON body."""
+def replying(core: int | None, scratch: Path, base: str = BASE_MODEL) -> Iterator[Upstream]:
+    """nginx, answering every completion, chat or not, with one fixed JSON body."""
     home = scratch / "nginx"
     home.mkdir(parents=True, exist_ok=True)
     ports = free_port(), free_port()
     signature = f"null-upstream-{secrets.token_hex(8)}"
-    words = {"PORT_A": ports[0], "PORT_B": ports[1], "BASE": BASE_MODEL, "SIGNATURE": signature}
+    words = {"PORT_A": ports[0], "PORT_B": ports[1], "BASE": base, "SIGNATURE": signature}
     text = (HERE / "nginx.conf").read_text()
     for word, value in words.items():
         text = text.replace(f"@{word}@", str(value))

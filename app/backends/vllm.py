@@ -57,6 +57,7 @@ class _Features(msgspec.Struct):
     prompt_logprobs: bool
     prompt_logprobs_with_lora: bool
     prompt_logprobs_with_lm_head_lora: bool
+    dtype: str | None = None
 
 
 class _Complaint(msgspec.Struct):
@@ -172,19 +173,18 @@ class VllmBackend:
 
     async def features(self) -> Features:
         status, data = await self._get("/loragate/features")
-        if status == 404:
-            status, data = await self._get("/metrics")
-            return plain_features(data.decode(errors="replace") if status == 200 else "")
-        if status != 200:
+        if status >= 500:
             raise UpstreamError(f"the replica answered {status} to /loragate/features")
         try:
-            found = msgspec.json.decode(data, type=_Features)
-        except msgspec.DecodeError as exc:
-            raise UpstreamBroke(f"the replica's /loragate/features is not that: {exc}") from exc
+            found = msgspec.json.decode(data if status == 200 else b"", type=_Features)
+        except msgspec.DecodeError:  # it does not know that path, and says so in its own way
+            status, data = await self._get("/metrics")
+            return plain_features(data.decode(errors="replace") if status == 200 else "")
         return Features(
             prompt_logprobs=found.prompt_logprobs,
             lora_prompt_logprobs=found.prompt_logprobs_with_lora,
             lm_head_prompt_logprobs=found.prompt_logprobs_with_lm_head_lora,
+            dtype=found.dtype,
         )
 
     async def close(self) -> None:

@@ -46,7 +46,7 @@ class PrefixTable:
     def note(self, chain: Sequence[int], bit: int) -> None:
         """A prompt with these blocks is sent to the replica of `bit`."""
         young, old = self._young, self._old
-        if young.get(chain[-1], 0) & bit:
+        if not chain or young.get(chain[-1], 0) & bit:
             return  # and so do all the blocks before it
         for block in chain:
             young[block] = young.get(block, 0) | old.get(block, 0) | bit

@@ -17,20 +17,17 @@ class Breaker:
     """Closed until `FAILURES` requests in a row fail; then open for a while that doubles.
 
     After the pause it is half open: one request may try. If that one succeeds it closes, else it
-    opens for twice as long.
+    opens for twice as long. `failures` are those in a row.
     """
 
-    __slots__ = ("_failures", "_opened_until", "_pause_s", "_trying")
+    __slots__ = ("_opened_until", "_pause_s", "_trying", "closed", "failures")
 
     def __init__(self) -> None:
-        self._failures = 0
+        self.closed = True
+        self.failures = 0
         self._opened_until = 0.0
         self._pause_s = 0.0
         self._trying = False
-
-    @property
-    def closed(self) -> bool:
-        return self._pause_s == 0.0
 
     def allows(self, now: float) -> bool:
         """Whether a request may be sent at `now`, in monotonic seconds."""
@@ -46,18 +43,20 @@ class Breaker:
         self._trying = False
 
     def succeeded(self) -> None:
-        self._failures = 0
+        self.closed = True
+        self.failures = 0
         self._pause_s = 0.0
         self._trying = False
 
     def failed(self, now: float) -> bool:
         """Count a failure; whether that opened it."""
-        self._failures += 1
+        self.failures += 1
         self._trying = False
-        if self.closed and self._failures < FAILURES:
+        if self.closed and self.failures < FAILURES:
             return False
         if not self.closed and now < self._opened_until:
             return False  # one of those sent before it opened
         self._pause_s = min(self._pause_s * 2 or FIRST_PAUSE_S, LONGEST_PAUSE_S)
         self._opened_until = now + self._pause_s
+        self.closed = False
         return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from app.backends.base import Backend
@@ -17,7 +18,7 @@ from app.domain import AdapterVersion, Replica, ReplicaState, Route
 from app.errors import AdapterLoadFailed, LoragateError, UpstreamError
 from app.serving.loads import FindProbe, Loads, no_probe
 from app.serving.pool import LivePool
-from app.serving.replica import LiveReplica
+from app.serving.replica import UNKNOWN, LiveReplica
 from app.serving.snapshot import Snapshot
 from app.telemetry import Event, log
 
@@ -185,13 +186,15 @@ class Fleet:
             status = await replica.backend.status()
             restarted = before is not None and before.started_at != status.started_at
             if replica.state is not ReplicaState.HEALTHY or restarted:
-                replica.features = await replica.backend.features()
                 known = await replica.backend.list_adapters()
                 versions = map(self._snapshot.version, known)
                 replica.restarted(known, (v for v in versions if v is not None))
         except UpstreamError as exc:
             replica.turned(ReplicaState.UNHEALTHY, str(exc))
             return
+        if replica.features is UNKNOWN:
+            with suppress(UpstreamError):  # in a long step it may not answer: the next probe asks
+                replica.features = await replica.backend.features()
         replica.seen(status)
         replica.turned(ReplicaState.HEALTHY, "the health probe succeeded")
 

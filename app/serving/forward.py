@@ -111,9 +111,7 @@ class Forwarder:
                 self._note(replica, exc)
                 raise
             else:
-                replica.breaker.succeeded()
-                reply.replica = replica.id
-                return reply.on_close(partial(replica.release, name))
+                return _claimed(reply, replica, name)
             tried.append(replica)
             if not await self._again(pool, failures):
                 break
@@ -200,6 +198,14 @@ class Forwarder:
 
 class Unloadable(UpstreamRefused):
     """The replica could not be asked to load, or not now."""
+
+
+def _claimed(reply: Reply, replica: LiveReplica, name: str) -> Reply:
+    """An answer, which holds the claim until it closes."""
+    if replica.breaker.failures:
+        replica.breaker.succeeded()
+    reply.replica = replica.id
+    return reply.on_close(partial(replica.release, name))
 
 
 async def _wait(pool: LivePool, replica: LiveReplica, name: str) -> bool:

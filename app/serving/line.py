@@ -39,6 +39,10 @@ class Line:
         """How many adapters wait."""
         return len(self._lines)
 
+    def counts(self) -> dict[str, int]:
+        """How many wait, by name."""
+        return {name: len(line) for name, line in self._lines.items()}
+
     def of(self, name: str) -> int:
         """How many wait under this name."""
         line = self._lines.get(name)

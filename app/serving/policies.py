@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 
-from app.serving.affinity import blocks
+from app.serving.affinity import BLOCK, blocks
 from app.serving.pool import LivePool
 from app.serving.replica import LiveReplica
 from app.serving.request import InferenceRequest
@@ -54,13 +54,15 @@ def pick(
     adapted = name != pool.config.served_name
     among = pool.candidates(name, now) if adapted else pool.replicas
     chain: list[int] = []
-    if len(among) > 1:
+    if len(among) > 1 and len(request.body) >= BLOCK:
         chain = blocks(name, request.prefix)
     few = among if len(among) <= FEW else _few(pool, chain, among)
     usable = _usable(few, name, now, tried, fits)
     if not usable:
         usable = _usable(pool.holders(name) if adapted else among, name, now, tried, fits)
     if len(usable) > 1:
+        if not chain and all(not adapted or r.residency.in_slot(name) for r in usable):
+            return _least(usable, now)
         return _best(pool, name, chain, now, usable, adapted=adapted)
     if usable:
         return usable[0]
@@ -80,11 +82,23 @@ def _usable(
     return [
         r
         for r in among
-        if r.allows(now)
+        if r.available
         and r not in tried
+        and (r.breaker.closed or r.breaker.allows(now))
         and (not r.quarantined or name not in r.quarantined)
         and (fits is None or fits(r))
     ]
+
+
+def _least(usable: Sequence[LiveReplica], now: float) -> LiveReplica:
+    """Nothing but their load tells them apart. Of equals, the one left alone for longest."""
+    best = usable[0]
+    best_load = best.load(now)
+    for replica in usable[1:]:
+        load = replica.load(now)
+        if load < best_load or (load == best_load and replica.last_claim < best.last_claim):
+            best, best_load = replica, load
+    return best
 
 
 def _best(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: What an engine gets right before it said so.
+UNKNOWN = Features(False, False, False)
 #: For how long a replica that turned healthy gets less than its share, rising.
 SLOW_START_S = 10.0
 _LEAST_SHARE = 0.1
@@ -50,7 +52,7 @@ class LiveReplica:
         self.in_pool = pool
         self.state = ReplicaState.ADDING
         self.available = False
-        self.features = Features(False, False, False)  # until it says so
+        self.features = UNKNOWN
         self.status: EngineStatus | None = None
         self.key = key(replica.id)
         self.bit = pool.new_bit()
@@ -200,13 +202,13 @@ class LiveReplica:
     def load(self, now: float) -> float:
         """Requests running or waiting there, through any gateway; more than that in slow start."""
         load = self.inflight + self.line.length + self._elsewhere
-        if self._healthy_at is not None:
-            share = (now - self._healthy_at) / SLOW_START_S
-            if share >= 1:
-                self._healthy_at = None
-            else:
-                return (load + 1) / max(share, _LEAST_SHARE)
-        return load
+        if self._healthy_at is None:
+            return load
+        share = (now - self._healthy_at) / SLOW_START_S
+        if share >= 1:
+            self._healthy_at = None
+            return load
+        return (load + 1) / max(share, _LEAST_SHARE)
 
     def seen(self, status: EngineStatus) -> None:
         """What its metrics say."""
@@ -266,6 +268,7 @@ class LiveReplica:
         self.residency.restart(known)
         self._used = ""
         self.bit = self.in_pool.new_bit()
+        self.features = UNKNOWN
         self.refused.clear()
         self.quarantined.clear()
         self.verified.clear()

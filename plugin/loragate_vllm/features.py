@@ -20,6 +20,8 @@ METHOD = "loragate_features"
 PROMPT = "prompt_logprobs"
 LORA = "prompt_logprobs_with_lora"
 LM_HEAD = "prompt_logprobs_with_lm_head_lora"
+#: What it computes in: how far its logprobs may be from another program's.
+DTYPE = "dtype"
 
 
 def install() -> None:
@@ -43,8 +45,13 @@ def install() -> None:
     router.add_api_route(PATH, show_features, methods=["GET"], response_class=JSONResponse)
 
 
-def of_worker(worker: Any) -> dict[str, bool]:
-    """What one worker gets right."""
+def of_worker(worker: Any) -> dict[str, Any]:
+    """What one worker gets right, and what it computes in."""
+    dtype = str(worker.model_config.dtype).removeprefix("torch.")
+    return {**_right(worker), DTYPE: dtype}
+
+
+def _right(worker: Any) -> dict[str, bool]:
     runner = worker.model_runner
     if getattr(worker, "lora_config", None) is None:
         return {PROMPT: True, LORA: True, LM_HEAD: True}
@@ -56,9 +63,9 @@ def of_worker(worker: Any) -> dict[str, bool]:
     return {PROMPT: safe, LORA: safe, LM_HEAD: False}
 
 
-async def of_server(state: Any) -> dict[str, bool]:
+async def of_server(state: Any) -> dict[str, Any]:
     """What all workers of its engine get right. Asked once: it ends with its engine."""
-    found: dict[str, bool] | None = getattr(state, METHOD, None)
+    found: dict[str, Any] | None = getattr(state, METHOD, None)
     if found is not None:
         return found
     names = (PROMPT, LORA, LM_HEAD)
@@ -68,5 +75,6 @@ async def of_server(state: Any) -> dict[str, bool]:
         logger.exception("loragate-vllm: the engine does not say what it gets right.")
         return dict.fromkeys(names, False)
     found = {name: all(answer[name] for answer in answers) for name in names}
+    found[DTYPE] = answers[0][DTYPE]
     setattr(state, METHOD, found)
     return found

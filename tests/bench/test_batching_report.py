@@ -39,7 +39,7 @@ def test_targets_are_judged_by_medians_and_worst_rounds() -> None:
 
 def test_the_page_and_the_file_have_every_way(tmp_path: Path) -> None:
     found = rounds(singles_gateway=1.06)
-    batching_report.write(found, LOW, CONDITIONS, tmp_path)
+    batching_report.write(found, LOW, LOW, CONDITIONS, tmp_path)
     page = (tmp_path / "batching.md").read_text()
     for way, title in batching_report.TITLES.items():
         assert f"| {title} | 3 | 4 | {1.06 if way == 'singles_gateway' else 1.0:.3f} |" in page

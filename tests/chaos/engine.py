@@ -281,7 +281,7 @@ class EngineBody:
         self._given += 1
         return next(self._pieces, b"")
 
-    async def pipe(self, push: Push) -> None:
+    async def pipe(self, push: Push, push_chunk: Push | None = None) -> None:
         while data := await self.next():
             room = push(data)
             if room is not None:

@@ -1,4 +1,4 @@
-"""A gateway's data plane with its replicas and clients, and everything that goes wrong between them.
+"""A data plane with its replicas and clients, and everything that goes wrong between them.
 
 What comes in: a seed. What goes out: what every client got, held against what it should have got.
 Real: the fleet, the forwarder, batches, coalescing, the request path, placement, rollouts and the
@@ -151,7 +151,7 @@ class World:
         return b"".join(pieces)
 
     def _may_lie(self, reply: Reply, version: AdapterVersion | None, began: float) -> bool:
-        """Nobody can tell that the answer is wrong: the replica lies, and has not to be verified."""
+        """Nobody can tell that the answer is wrong: the replica lies, and is not verified."""
         if version is not None and version.probed:
             return False
         spans = [span for one in reply.replica.split(",") for span in self.lied.get(one, [])]

@@ -24,6 +24,7 @@ VOCABULARY = 259
 FEATURES = {
     "plugin": "0.1.0",
     "vllm": "0.32.0",
+    "dtype": "float32",
     "prompt_logprobs": True,
     "prompt_logprobs_with_lora": True,
     "prompt_logprobs_with_lm_head_lora": True,

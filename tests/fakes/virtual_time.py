@@ -1,4 +1,4 @@
-"""A loop whose clock jumps to the next timer: minutes of waiting in milliseconds, the same each time.
+"""A loop whose clock jumps to the next timer: minutes of waiting in milliseconds.
 
 What comes in: coroutines that wait for each other and for time, and for nothing else. What goes
 out: their results, and time that passed without anybody waiting for it. One thread, no sockets: a

@@ -56,7 +56,7 @@ def test_a_model_whose_lm_head_takes_no_adapter() -> None:
     hook.patch(runner, model, "0.32.0")
     found = runner._get_prompt_logprobs_dict(torch.ones(5, 3), {})
     assert found["a"].shape == (2, 3)
-    assert answers(runner) == {**ALL, features.LM_HEAD: False}
+    assert answers(runner) == {**SAYS, features.LM_HEAD: False}
 
 
 def test_the_second_runner(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,25 +108,31 @@ def test_what_is_not_known_is_left_as_it_is(
 
 
 ALL = {features.PROMPT: True, features.LORA: True, features.LM_HEAD: True}
+SAYS = {**ALL, features.DTYPE: "bfloat16"}
 
 
-def answers(runner: Any, device: str = "cuda:0", lora: object = "enabled") -> dict[str, bool]:
+def answers(runner: Any, device: str = "cuda:0", lora: object = "enabled") -> dict[str, Any]:
     return features.of_worker(
-        SimpleNamespace(model_runner=runner, device=torch.device(device), lora_config=lora)
+        SimpleNamespace(
+            model_runner=runner,
+            device=torch.device(device),
+            lora_config=lora,
+            model_config=SimpleNamespace(dtype=torch.bfloat16),
+        )
     )
 
 
 def test_a_worker_says_what_it_gets_right() -> None:
     runner = first()
-    assert answers(runner, lora=None) == ALL
-    assert answers(runner, "cpu") == dict.fromkeys(ALL, False)
-    assert answers(runner, "cuda:1") == {**ALL, features.LM_HEAD: False}
+    assert answers(runner, lora=None) == SAYS
+    assert answers(runner, "cpu") == {**SAYS, **dict.fromkeys(ALL, False)}
+    assert answers(runner, "cuda:1") == {**SAYS, features.LM_HEAD: False}
     hook.patch(runner, runner.model, "0.32.0")
-    assert answers(runner) == ALL
+    assert answers(runner) == SAYS
 
 
 class Engine:
-    def __init__(self, *found: dict[str, bool] | Exception) -> None:
+    def __init__(self, *found: dict[str, Any] | Exception) -> None:
         self.found = found
         self.asked = 0
 
@@ -139,9 +145,9 @@ class Engine:
         return list(self.found)
 
 
-@pytest.mark.parametrize("other", [ALL, {**ALL, features.LM_HEAD: False}])
-async def test_a_server_gets_right_what_all_its_workers_do(other: dict[str, bool]) -> None:
-    state = SimpleNamespace(engine_client=Engine(ALL, other))
+@pytest.mark.parametrize("other", [SAYS, {**SAYS, features.LM_HEAD: False}])
+async def test_a_server_gets_right_what_all_its_workers_do(other: dict[str, Any]) -> None:
+    state = SimpleNamespace(engine_client=Engine(SAYS, other))
     for _ in range(2):
         assert await features.of_server(state) == other
     assert state.engine_client.asked == 1
@@ -150,5 +156,5 @@ async def test_a_server_gets_right_what_all_its_workers_do(other: dict[str, bool
 async def test_an_engine_that_does_not_say_is_asked_again() -> None:
     state = SimpleNamespace(engine_client=Engine(AttributeError(features.METHOD)))
     assert await features.of_server(state) == dict.fromkeys(ALL, False)
-    state.engine_client = Engine(ALL)
-    assert await features.of_server(state) == ALL
+    state.engine_client = Engine(SAYS)
+    assert await features.of_server(state) == SAYS

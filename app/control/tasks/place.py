@@ -44,8 +44,10 @@ class Demand:
         arrivals, pool.arrivals = pool.arrivals, {}
         counts: dict[str, int] = {}
         for replica in pool.replicas:
-            for name, count in replica.busy.items():
-                counts[name] = counts.get(name, 0) + count + replica.line.of(name)
+            for there in (replica.busy, replica.line.counts()):
+                for name, count in there.items():
+                    counts[name] = counts.get(name, 0) + count
+        counts.pop(pool.config.served_name, None)
         rates = {name: rate * old for name, rate in self.rates.items()}
         for name, count in arrivals.items():
             rates[name] = rates.get(name, 0.0) + (1 - old) * count / elapsed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.requests import Request
@@ -28,7 +28,8 @@ async def show_version(request: Request) -> Response:
 
 async def features(request: Request) -> Response:
     """GET /loragate/features, as the plugin of vLLM answers it: every logprob here is right."""
-    here = {"plugin": None, "worker": version("loragate")}
+    dtype = served(request).engine.dtype
+    here = {"plugin": None, "worker": version("loragate"), "dtype": dtype}
     right = {
         "prompt_logprobs": True,
         "prompt_logprobs_with_lora": True,
@@ -39,6 +40,7 @@ async def features(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
     registry.register(EngineCollector(served(request)))
     return Response(generate_latest(registry), media_type=EXPOSITION)
 

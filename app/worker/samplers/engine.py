@@ -47,6 +47,7 @@ class Engine:
     def __init__(self, model: CausalModel, settings: Settings) -> None:
         self.tokens = model.tokens
         self.limits = model.limits
+        self.dtype = model.dtype
         self.max_loras = settings.worker_max_loras
         self.counters = Counters()
         self._model = model

@@ -45,6 +45,7 @@ class CausalModel:
         self.layers = LoraLayers(model)
         self.limits = _limits(model, tokens)
         self.device = next(model.parameters()).device
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         text = model.config.get_text_config()
         windows = getattr(text, "sliding_window", None), getattr(text, "layer_types", None) or ()
         # A mask we build ourselves knows nothing of windows.
