@@ -7,6 +7,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from tests.acceptance.conftest import Serve, Served
 from tests.acceptance.crowd import Answer, Connection, crowd
 from tests.fakes.adapters import write_adapter
+from tests.fakes.faults import Stall
 from tests.fakes.upstream import FakeUpstream
 from tests.waiting import until, wait_until
 
@@ -340,6 +342,44 @@ def _nothing_was_loaded_from_other_files(registry: Registry, upstreams: list[Fak
     for load in loads:
         number = int(load["lora_name"].removeprefix("bot@"))
         assert load["lora_path"].endswith(f"/{registry.digests[number]}")
+
+
+# --- a crash in between
+
+
+def test_a_gateway_killed_before_the_release_heals_when_the_weights_come_again(
+    served: Served, upstreams: list[FakeUpstream], tmp_path: Path
+) -> None:
+    first, second = (write_adapter(tmp_path / "adapters" / f"{n}", seed=n) for n in (1, 2))
+    served.register("bot", first)
+
+    def heard() -> str:
+        body = {"model": "bot", "prompt": "hi"}
+        answer = httpx.post(f"{served.url}{COMPLETIONS}", json=body).raise_for_status()
+        return answer.headers["x-loragate-adapter-version"]
+
+    def register_second() -> httpx.Response:
+        url = f"{served.url}/admin/adapters/bot/versions"
+        return httpx.post(url, json={"source": {"path": str(second)}}, timeout=30)
+
+    assert heard() == "bot@1"
+    (home,) = [upstream for upstream in upstreams if upstream.loads()]
+    stall = Stall()
+    home.script("/v1/load_lora_adapter", stall)
+    with ThreadPoolExecutor(1) as threads:
+        registering = threads.submit(register_second)
+        assert stall.reached.wait(10)
+        served.process.kill()
+        stall.release()
+        assert isinstance(registering.exception(), httpx.TransportError)
+    served.start()
+    assert heard() == "bot@1"
+    shown = httpx.get(f"{served.url}/admin/adapters/bot").json()
+    assert [version["number"] for version in shown["versions"]] == [1, 2]
+    again = register_second()
+    assert again.status_code == 200, again.text
+    assert again.json()["created"] is False
+    assert heard() == "bot@2"
 
 
 # --- canaries

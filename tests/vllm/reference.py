@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from app import demo
 
 
-def write_random_adapter(folder: Path, targets: Sequence[str], *, seed: int) -> Path:
+def write_random_adapter(
+    folder: Path, targets: Sequence[str], *, seed: int, spread: float = 0.05
+) -> Path:
     """A LoRA of the demo model with random weights on `targets`, as PEFT saves it."""
     generator = torch.Generator().manual_seed(seed)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=list(targets), task_type="CAUSAL_LM")
@@ -26,7 +28,7 @@ def write_random_adapter(folder: Path, targets: Sequence[str], *, seed: int) -> 
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "lora_" in name:
-                    weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
+                    weight.copy_(spread * torch.randn(weight.shape, generator=generator))
         model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
