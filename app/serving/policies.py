@@ -58,22 +58,34 @@ def pick(
         chain = blocks(name, request.prefix)
     few = among if len(among) <= FEW else _few(pool, chain, among)
     usable = _usable(few, name, now, tried, fits)
-    placed = [r for r in usable if r.takes(name)]
-    if not placed:  # to wait is worse than any score
-        others = _usable(pool.holders(name) if adapted else among, name, now, tried, fits)
-        placed = [r for r in others if r.takes(name)]
-        usable = usable or others
-    usable = placed or usable
-    if len(usable) > 1:
-        if not chain and all(not adapted or r.residency.in_slot(name) for r in usable):
-            return _least(usable, now)
-        return _best(pool, name, chain, now, usable, adapted=adapted)
-    if usable:
-        return usable[0]
-    if not adapted:
-        return None
+    chosen = _choose(pool, name, chain, now, usable, adapted=adapted)
+    if chosen is not None and chosen.takes(name):
+        return chosen
+    # To wait is worse than any score: is there another that holds it and has a place?
+    able = _usable(pool.holders(name) if adapted else among, name, now, tried, fits)
+    free = [r for r in able if r.takes(name)]
+    chosen = _choose(pool, name, chain, now, free, adapted=adapted) or chosen
+    chosen = chosen or _choose(pool, name, chain, now, able, adapted=adapted)
+    if chosen is not None or not adapted:
+        return chosen
     others = _usable(pool.replicas, name, now, tried, fits)
     return pool.next_best(name, now, [r for r in pool.replicas if r not in others])
+
+
+def _choose(
+    pool: LivePool,
+    name: str,
+    chain: Sequence[int],
+    now: float,
+    usable: Sequence[LiveReplica],
+    *,
+    adapted: bool,
+) -> LiveReplica | None:
+    if len(usable) < 2:
+        return usable[0] if usable else None
+    if not chain and all(not adapted or r.residency.in_slot(name) for r in usable):
+        return _least(usable, now)
+    return _best(pool, name, chain, now, usable, adapted=adapted)
 
 
 def _usable(
