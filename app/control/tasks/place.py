@@ -54,7 +54,8 @@ class Demand:
         at_once = {name: value * old for name, value in self.at_once.items()}
         for name, count in counts.items():
             at_once[name] = at_once.get(name, 0.0) + (1 - old) * count
-            rates.setdefault(name, NOTHING)  # it is being answered, however long ago it came
+            # It is being answered, or waits, however long ago it came.
+            rates[name] = max(rates.get(name, 0.0), NOTHING)
         self.rates = {name: rate for name, rate in rates.items() if rate >= NOTHING}
         self.at_once = {name: value for name, value in at_once.items() if name in self.rates}
         for name in {**arrivals, **counts}:
