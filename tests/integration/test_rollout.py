@@ -126,16 +126,25 @@ def test_latest_moves_once_the_new_version_is_loaded(
 
 
 def test_an_alias_moves_once_its_version_is_loaded(
-    used: Gateway, upstream: FakeUpstream, workbench: Workbench
+    start_gateway: StartGateway, upstream: FakeUpstream, workbench: Workbench
 ) -> None:
-    used.set_alias("pirate", "prod", version=1)
-    register(used, workbench.adapter()).raise_for_status()
-    (third,) = [register(used, workbench.adapter()).json()["version"]["number"]]
-    upstream.forget(f"pirate@{third}")
-    wait_until(lambda: heard(used, f"pirate@{third}") == f"pirate@{third}")
-    assert heard(used, "pirate:prod") == "pirate@1"
-    used.set_alias("pirate", "prod", version=third)
-    assert heard(used, "pirate:prod") == f"pirate@{third}"
+    """Also to a version that was unloaded since."""
+    gateway = start_gateway(upstream.url, unload_grace_s=0.1)
+    gateway.register("pirate", workbench.adapter(), alias="prod")
+    assert heard(gateway, "pirate:prod") == "pirate@1"
+    for _ in (2, 3):
+        register(gateway, workbench.adapter()).raise_for_status()
+    wait_until(lambda: set(upstream.engine.adapters) == {"pirate@1", "pirate@3"})
+    stall = Stall()
+    upstream.script(LOAD, stall)
+    with ThreadPoolExecutor(1) as threads:
+        moving = threads.submit(gateway.set_alias, "pirate", "prod", version=2)
+        assert stall.reached.wait(5)
+        assert heard(gateway, "pirate:prod") == "pirate@1"
+        stall.release()
+        moving.result()
+    assert heard(gateway, "pirate:prod") == "pirate@2"
+    assert len(upstream.loads("pirate@2")) == 2
 
 
 def test_a_new_version_goes_where_the_old_one_is_and_nowhere_else(
