@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Generator, Iterator
 from typing import Any, cast
 
 import pytest
+from hypothesis import settings
 
 from tests.databases import db, db_url, new_database, postgres, sqlite_template
 from tests.servers import fake_server, sim_server, vllm_server, worker_server
@@ -29,6 +30,10 @@ __all__ = [
     "vllm_server",
     "worker_server",
 ]
+
+# A machine may be busy with something else: how long an example takes says nothing.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 RUNNER = "asyncio_runner"
 #: A real vLLM takes its time to start on a busy machine; whichever test comes first pays it.

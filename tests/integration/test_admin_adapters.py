@@ -177,7 +177,7 @@ def test_a_declared_length_over_the_limit_is_refused_unread(
             b"POST /admin/adapters?name=big HTTP/1.1\r\nhost: localhost\r\n"
             b"content-type: application/x-tar\r\ncontent-length: 99000000\r\n\r\n"
         )
-        wire.settimeout(5)
+        wire.settimeout(15)
         answer = wire.makefile("rb").read()  # to the end: the connection is closed too
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"LORAGATE_MAX_ADAPTER_BYTES" in answer
