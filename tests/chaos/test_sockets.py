@@ -1,4 +1,4 @@
-"""A real gateway before simulated replicas that die, hang and reset: each request ends, and right."""
+"""A real gateway before simulated replicas that die, hang and reset: all requests end, right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STRIKES = (Kind.UNAVAILABLE, Kind.RESET_BEFORE, Kind.RESET_AFTER)
 
 
 def script(rng: random.Random) -> tuple[Scripted, ...]:
-    """In real seconds: something every half a second, to any of the replicas; in the end all are well."""
+    """In real seconds: something every half second, to any replica; in the end all are well."""
     entries: list[Scripted] = []
     for number in range(int(STORM_S * 2)):
         at, replica = number / 2, rng.randrange(REPLICAS)
