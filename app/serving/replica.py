@@ -146,7 +146,7 @@ class LiveReplica:
         waiter = Waiter(name, self._clock.monotonic(), asyncio.get_running_loop().create_future())
         self.line.join(waiter)
         self.in_pool.waiting += 1
-        self._rotate()
+        self.serve_line()
         try:
             return await waiter.turn
         except asyncio.CancelledError:

@@ -61,6 +61,7 @@ class ChaosEngine:
         self.dead = False
         self.factor = 1.0
         self.lies = False
+        self.lied: list[tuple[float, float]] = []
         self.unavailable = 0
         self.resets_before = 0
         self.resets_after = 0

@@ -80,8 +80,6 @@ class World:
     begun: int = 0
     billable: int = 0
     flips: Counter[str] = field(default_factory=Counter)
-    #: Replica -> spans in which it lied.
-    lied: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def current(self) -> Snapshot:
@@ -154,7 +152,8 @@ class World:
         """Nobody can tell that the answer is wrong: the replica lies, and is not verified."""
         if version is not None and version.probed:
             return False
-        spans = [span for one in reply.replica.split(",") for span in self.lied.get(one, [])]
+        there = reply.replica.split(",")
+        spans = [span for e in self.engines if e.replica.id in there for span in e.lied]
         return any(start <= self.now and began <= end for start, end in spans)
 
     # the registry
@@ -167,7 +166,8 @@ class World:
         number = max(old.versions) + 1
         made = AdapterVersion(name, number, digest(name, number), 8, BASE, probed=_probed(name))
         versions = {**old.versions, number: made}
-        kept = dict(sorted(versions.items())[-3:])
+        served = old.aliases["latest"].targets[0][0]
+        kept = {n: v for n, v in versions.items() if n == served or n > number - 3}
         found = replace(old, versions=kept)
         await self.publish(replace_adapter(seen, found))
         try:
@@ -227,7 +227,7 @@ class World:
             case "lies":
                 self.restart(engine)
                 engine.lies = True
-                self.lied.setdefault(one, []).append((self.now, float("inf")))
+                engine.lied.append((self.now, float("inf")))
                 await asyncio.sleep(2 * pause_s)
                 self.restart(engine)
             case _:
@@ -235,8 +235,7 @@ class World:
 
     def restart(self, engine: ChaosEngine) -> None:
         engine.restart()
-        spans = self.lied.get(engine.replica.id, [])
-        self.lied[engine.replica.id] = [(start, min(end, self.now)) for start, end in spans]
+        engine.lied = [(start, min(end, self.now)) for start, end in engine.lied]
 
     def calm(self) -> None:
         """Nothing goes wrong any more, and what did is mended."""

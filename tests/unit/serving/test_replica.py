@@ -267,6 +267,22 @@ async def test_an_adapter_keeps_its_slot_when_another_one_comes_free() -> None:
     assert again.done(), "nobody waits for a slot any more"
 
 
+async def test_an_adapter_keeps_its_slot_when_all_who_wanted_it_were_sent_away() -> None:
+    (replica,) = replicas(max_loras=1)
+    replica.claim("a@1")
+    (wants,) = await waiting(replica, "b@1")
+    clock_of(replica).at += QUANTUM_S
+    replica.claim("a@1")
+    replica.release("a@1")
+    assert not replica.takes("a@1")
+    replica.turned(ReplicaState.UNHEALTHY, "so")
+    replica.turned(ReplicaState.HEALTHY, "so")
+    assert await wants is False
+    (again,) = await waiting(replica, "a@1")
+    await woken()
+    assert again.done(), "nobody waits for its slot"
+
+
 async def test_more_places_in_the_pool_are_given_at_once() -> None:
     (replica,) = replicas(max_inflight=1, max_loras=1)
     pool = replica.in_pool
