@@ -178,6 +178,7 @@ class Fleet:
         return {replica.id: replica.state.value for replica in self.live()}
 
     async def _probe(self, replica: LiveReplica) -> None:
+        deaths = replica.deaths
         if not await replica.backend.healthy():
             replica.turned(ReplicaState.UNHEALTHY, "the health probe failed")
             return
@@ -196,10 +197,12 @@ class Fleet:
             with suppress(UpstreamError):  # in a long step it may not answer: the next probe asks
                 replica.features = await replica.backend.features()
         replica.seen(status)
-        replica.turned(ReplicaState.HEALTHY, "the health probe succeeded")
+        if deaths == replica.deaths:  # else it answered before a request found it dead
+            replica.turned(ReplicaState.HEALTHY, "the health probe succeeded")
 
     def died(self, replica: LiveReplica, error: UpstreamError) -> None:
         """A request found it dead: no need to wait for the probe to find out."""
+        replica.deaths += 1
         replica.turned(ReplicaState.UNHEALTHY, str(error))
         self.on_change()
 

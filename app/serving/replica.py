@@ -43,8 +43,9 @@ class LiveReplica:
     """One replica. Every `claim` has one `release`.
 
     `busy` counts requests in flight by adapter version (upstream name); those of the base are in
-    `inflight` alone. `verified` are versions whose probe agreed, `quarantined` maps those whose
-    probe did not to what it found. `lm_head` are versions it holds that change the output layer.
+    `inflight` alone. `deaths` counts how often a request found it dead. `verified` are versions
+    whose probe agreed, `quarantined` maps those whose probe did not to what it found. `lm_head`
+    are versions it holds that change the output layer.
     """
 
     def __init__(self, replica: Replica, backend: Backend, pool: LivePool, clock: Clock) -> None:
@@ -54,6 +55,7 @@ class LiveReplica:
         self.available = False
         self.features = UNKNOWN
         self.status: EngineStatus | None = None
+        self.deaths = 0
         self.key = key(replica.id)
         self.bit = pool.new_bit()
         self.inflight = 0

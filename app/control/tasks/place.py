@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from itertools import groupby
 
 from app.clock import Clock
@@ -25,6 +26,8 @@ from app.serving.snapshot import Snapshot, Snapshots
 #: Half of the demand is what came in the last so many seconds.
 HALF_LIFE_S = 5.0
 PERIOD_S = 0.5
+#: How long a run waits for what it began; a load goes on, and the next run finds it.
+PATIENCE_S = 2.0
 
 
 class Demand:
@@ -130,18 +133,20 @@ class Place:
     ) -> None:
         replicas = {replica.id: replica for replica in pool.replicas}
         by_replica = groupby(sorted(made.loads, key=lambda a: a.replica), key=lambda a: a.replica)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as tasks:
+                for id, actions in by_replica:
+                    found = [snapshot.version(action.name) for action in actions]
+                    versions = [version for version in found if version is not None]
+                    tasks.create_task(self._load_all(replicas[id], versions, done))
+                for action in made.unloads:
+                    tasks.create_task(self._unload(replicas[action.replica], action.name, done))
 
-        async def load_all(replica: LiveReplica, names: Sequence[str]) -> None:
-            for name in names:
-                version = snapshot.version(name)
-                if version is not None:
-                    done[await _tried(self._fleet.loads.load(replica, version), "loaded")] += 1
-
-        async with asyncio.TaskGroup() as tasks:
-            for id, actions in by_replica:
-                tasks.create_task(load_all(replicas[id], [action.name for action in actions]))
-            for action in made.unloads:
-                tasks.create_task(self._unload(replicas[action.replica], action.name, done))
+    async def _load_all(
+        self, replica: LiveReplica, versions: Sequence[AdapterVersion], done: dict[str, int]
+    ) -> None:
+        for version in versions:
+            done[await _tried(self._fleet.loads.load(replica, version), "loaded")] += 1
 
     async def _unload(self, replica: LiveReplica, name: str, done: dict[str, int]) -> None:
         # An alias may be about to point to it, or do so since the plan was made.

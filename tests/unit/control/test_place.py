@@ -156,3 +156,21 @@ async def test_a_version_nobody_registered_is_left_alone(made: FleetOfMemory) ->
     assert (done["loaded"], done["unloaded"]) == (0, 0)
     await made.fleet.sync(Snapshot())
     assert (await placing.activate())["homes"] == 0
+
+
+async def test_a_load_that_hangs_does_not_stop_the_planning(
+    made: FleetOfMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.control.tasks.place.PATIENCE_S", 0.01)
+    seen = snapshot(adapter("pirate"))
+    await made.sync(seen)
+    made.connected[0].loading = asyncio.Event()
+    placing = place(made, seen)
+    asked(made, "pirate@1")
+    for _ in range(2):
+        made.clock.at += 1
+        assert (await placing.activate())["loaded"] == 0
+    made.connected[0].loading.set()
+    made.clock.at += 1
+    assert (await placing.activate())["loaded"] == 1
+    assert len(made.connected[0].loads) == 1, "the load went on meanwhile"

@@ -278,3 +278,23 @@ async def test_a_probe_that_ends_late_does_not_revive_who_departed(made: FleetOf
     go_on.set()
     await probe
     assert replica.state is ReplicaState.DRAINING
+
+
+async def test_a_probe_from_before_a_death_does_not_revive(made: FleetOfMemory) -> None:
+    (replica,) = await made.sync(snapshot())
+    probing = asyncio.Event()
+
+    async def healthy() -> bool:
+        await probing.wait()
+        return True
+
+    made.connected[0].healthy = healthy  # type: ignore[method-assign]
+    probe = asyncio.get_running_loop().create_task(made.fleet.probe())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    made.fleet.died(replica, UpstreamRefused("gone"))
+    probing.set()
+    await probe
+    assert replica.state is ReplicaState.UNHEALTHY
+    await made.fleet.probe()
+    assert replica.state is ReplicaState.HEALTHY
