@@ -24,9 +24,12 @@ from app.telemetry import Event, log
 
 logger = logging.getLogger(__name__)
 
+#: How long a round of probes waits for those that are slow.
+PATIENCE_S = 1.0
+
 
 class Fleet:
-    """Every live replica. Use as a context manager: it owns the adapter loads under way.
+    """Every live replica. Use as a context manager: it owns the loads and probes under way.
 
     Args:
         connect: makes the backend of a replica.
@@ -56,14 +59,20 @@ class Fleet:
         self._clock = clock
         self._replicas: dict[str, LiveReplica] = {}
         self._departing: set[LiveReplica] = set()
+        self._probes: dict[LiveReplica, asyncio.Task[None]] = {}
+        self._tasks = asyncio.TaskGroup()
         self._snapshot = Snapshot()
 
     async def __aenter__(self) -> Fleet:
+        await self._tasks.__aenter__()
         await self.loads.__aenter__()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.loads.__aexit__(*exc)
+        for probe in self._probes.values():
+            probe.cancel()
+        await self._tasks.__aexit__(None, None, None)
         for replica in [*self._replicas.values(), *self._departing]:
             await replica.backend.close()
 
@@ -171,11 +180,24 @@ class Fleet:
         self._departing.add(replica)
 
     async def probe(self) -> dict[str, object]:
-        """Ask every replica whether it is well; one that came back tells what it holds."""
-        async with asyncio.TaskGroup() as tasks:
-            for replica in self.live():
-                tasks.create_task(self._probe(replica))
+        """Ask every replica whether it is well; one that came back tells what it holds.
+
+        One that is slow to answer is not waited for: it is asked again when it has answered.
+        """
+        for replica in self.live():
+            if replica not in self._probes:
+                self._probes[replica] = self._tasks.create_task(self._probe_and_log(replica))
+        if self._probes:
+            await asyncio.wait(self._probes.values(), timeout=PATIENCE_S)
         return {replica.id: replica.state.value for replica in self.live()}
+
+    async def _probe_and_log(self, replica: LiveReplica) -> None:
+        try:
+            await self._probe(replica)
+        except Exception:  # one probe must not end the task group of all
+            logger.exception(Event.TASK_FAILED.value)
+        finally:
+            del self._probes[replica]
 
     async def _probe(self, replica: LiveReplica) -> None:
         deaths = replica.deaths

@@ -298,3 +298,25 @@ async def test_a_probe_from_before_a_death_does_not_revive(made: FleetOfMemory) 
     assert replica.state is ReplicaState.UNHEALTHY
     await made.fleet.probe()
     assert replica.state is ReplicaState.HEALTHY
+
+
+async def test_a_replica_that_hangs_does_not_hold_up_the_others(
+    made: FleetOfMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.serving.fleet.PATIENCE_S", 0.01)
+    await made.fleet.sync(snapshot(replicas=2))
+    asked = 0
+    answer = asyncio.Event()
+
+    async def healthy() -> bool:
+        nonlocal asked
+        asked += 1
+        await answer.wait()
+        return True
+
+    made.connected[0].healthy = healthy  # type: ignore[method-assign]
+    for _ in range(3):
+        assert await made.fleet.probe() == {"r0": "adding", "r1": "healthy"}
+    assert asked == 1, "it is not asked again before it has answered"
+    answer.set()
+    assert await made.fleet.probe() == {"r0": "healthy", "r1": "healthy"}
