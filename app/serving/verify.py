@@ -4,10 +4,13 @@ What comes in: a version's probe and a replica's logprobs for the same token ids
 verdict with its numbers. Who asks the replica, and what happens to it, is not known here.
 
 The tolerances. In float32 on both sides a right adapter agrees to about 1e-4, so 1e-3 is allowed.
-In half precision two right answers differ by rounding. Measured on one H200 with a model of 1.1
-billion parameters, bfloat16, vLLM against transformers with PEFT, in nats: a right adapter had a
-largest difference of 0.057 and a mean of 0.016; one whose lm_head was left out had 0.249 and
-0.070. The band lies between the two, on both numbers: 0.15 at most, and 0.035 in the mean.
+In half precision two right answers differ by rounding. Measured in bfloat16 on an H100 and an H200,
+vLLM against transformers with PEFT, in nats, on random token ids, whose rounding is worse than of
+likely text. Right adapters of a model of 1.1 billion parameters had a largest difference of 0.25
+among 29,000 tokens and a mean of 0.03, 0.042 in the worst prompt; those of the demo model 0.28 and
+0.03, 0.048 in the worst. One whose lm_head was left out had 0.249 and 0.070; those whose lm_head
+went to other rows had 2 to 4, and 0.26 to 0.52. So the mean tells them apart, at 0.05; the largest
+difference, at 0.4, is for a few rows that are very wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class Tolerance:
 
 
 EXACT_TOLERANCE = Tolerance(max_abs=1e-3, mean_abs=1e-3)
-HALF_TOLERANCE = Tolerance(max_abs=0.15, mean_abs=0.035)
+HALF_TOLERANCE = Tolerance(max_abs=0.4, mean_abs=0.05)
 
 
 @dataclass(frozen=True, slots=True)
