@@ -58,8 +58,6 @@ ALONE, GENERATED = 12, 24
 ROUNDS, CLIENTS = 3, 48
 START_S = 240
 
-# Servers
-
 
 def start(case: Case, model: Path, out: Path, python: str, device: str) -> None:
     """Start the case's server; it is not up yet."""
@@ -145,8 +143,7 @@ async def complete(case: Case, http: httpx.AsyncClient, **body: Any) -> list[dic
     answer = await http.post(f"{case.url}/v1/completions", json=body)
     if answer.status_code != 200:
         raise RuntimeError(f"{answer.status_code}: {answer.text[:300]}")
-    choices: list[dict[str, Any]] = answer.json()["choices"]
-    return sorted(choices, key=lambda choice: choice["index"])
+    return sorted(answer.json()["choices"], key=lambda choice: choice["index"])
 
 
 async def ask_all(case: Case, http: httpx.AsyncClient, prompts: list[list[int]]) -> None:
@@ -188,8 +185,8 @@ async def ask_one_by_one(case: Case, http: httpx.AsyncClient, prompts: list[list
 async def generated(
     case: Case, http: httpx.AsyncClient, name: str, row: list[int], **more: Any
 ) -> tuple[str, list[int], list[int], list[float]]:
-    more = {"max_tokens": GENERATED, "logprobs": 0} | more
-    (choice,) = await complete(case, http, model=name, prompt=row, **more)
+    options = {"max_tokens": GENERATED, "logprobs": 0} | more
+    (choice,) = await complete(case, http, model=name, prompt=row, **options)
     return name, row, choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
@@ -206,8 +203,7 @@ async def rate(case: Case, http: httpx.AsyncClient, kind: str) -> float:
 
     async def one(number: int, row: list[int]) -> None:
         async with free:
-            salt = f"{time.monotonic()}"
-            name = NAMES[number % len(NAMES)]
+            name, salt = NAMES[number % len(NAMES)], str(time.monotonic())
             await complete(case, http, model=name, prompt=row, cache_salt=salt, **options)
 
     begun = time.monotonic()
@@ -244,9 +240,6 @@ async def measure(cases: list[Case], folder: Path) -> None:
                         case.rates.setdefault(kind, []).append(found)
 
 
-# Comparison
-
-
 class Reference:
     """transformers with PEFT, one adapter of a model."""
 
@@ -261,8 +254,7 @@ class Reference:
         """Of every token of the row but the first."""
         ids = torch.tensor([list(row)], device=self._device)
         scores = self._model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-        found: list[float] = scores.gather(1, ids[0, 1:, None])[:, 0].tolist()
-        return found
+        return list(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
 
 
 def differences(case: Case, name: str, reference: Reference) -> dict[str, list[list[float]]]:
@@ -324,12 +316,15 @@ def compare(cases: list[Case], folder: Path, device: str) -> dict[str, Any]:
     }
 
 
+def by_pair(case: Case) -> tuple[Any, ...]:
+    return case.model, case.dtype, case.runner, case.graphs, case.plugin
+
+
 def unchanged(cases: list[Case]) -> dict[str, Any]:
     """Of pairs that differ in the plugin alone: their generation, one request at a time."""
     found = {}
-    key = lambda case: (case.model, case.dtype, case.runner, case.graphs, case.plugin)  # noqa: E731
-    for off, on in pairwise(sorted(cases, key=key)):
-        if key(off)[:-1] != key(on)[:-1] or not (off.quiet and on.quiet):
+    for off, on in pairwise(sorted(cases, key=by_pair)):
+        if by_pair(off)[:-1] != by_pair(on)[:-1] or not (off.quiet and on.quiet):
             continue
         pairs = list(zip(off.quiet, on.quiet, strict=False))
         found[f"{off.name} {on.name}"] = {
