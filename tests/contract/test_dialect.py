@@ -20,14 +20,16 @@ CHAT = {"messages": [{"role": "user", "content": "Once upon a time there was"}]}
 PROMPT = {"prompt": "Once upon a time there was"}
 
 
-@pytest.fixture(
-    params=[
-        "fake",
-        "sim",
-        pytest.param("worker", marks=pytest.mark.worker),
-        pytest.param("vllm", marks=pytest.mark.vllm),
-    ]
-)
+#: Servers that know what a token is; the simulator only counts them.
+WITH_TOKENS = [
+    "fake",
+    pytest.param("worker", marks=pytest.mark.worker),
+    pytest.param("vllm", marks=pytest.mark.vllm),
+]
+with_tokens = pytest.mark.parametrize("server", WITH_TOKENS, indirect=True)
+
+
+@pytest.fixture(params=["sim", *WITH_TOKENS])
 def server(request: pytest.FixtureRequest) -> ModelServer:
     found = request.getfixturevalue(f"{request.param}_server")
     assert isinstance(found, ModelServer)
@@ -168,6 +170,7 @@ def test_completion_of_many_prompts(http: httpx.Client, loaded: str) -> None:
         assert answer["usage"]["completion_tokens"] == 6
 
 
+@with_tokens
 def test_the_prompt_echoed_and_scored(http: httpx.Client, server: ModelServer) -> None:
     """The one token that is generated is counted and not shown."""
     asked = {"model": server.served, "max_tokens": 0, "echo": True, "logprobs": 0} | PROMPT
@@ -206,6 +209,7 @@ def test_token_ids_of_every_prompt(http: httpx.Client, loaded: str) -> None:
     assert answer["usage"]["prompt_tokens"] == 5
 
 
+@with_tokens
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_prompt_that_is_too_long(http: httpx.Client, loaded: str, place: int) -> None:
     prompts: list[list[int]] = [[70, 71, 72]] * 3
@@ -218,6 +222,7 @@ def test_a_prompt_that_is_too_long(http: httpx.Client, loaded: str, place: int) 
         assert "5000 input tokens" in message
 
 
+@with_tokens
 def test_a_token_that_does_not_exist(http: httpx.Client, loaded: str) -> None:
     asked = {"model": loaded, "prompt": [[70, 71], [70, 10**6]], "max_tokens": 1}
     message = error(http.post("/v1/completions", json=asked), 400, "BadRequestError")

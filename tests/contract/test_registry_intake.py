@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.backends.base import Backend
 from app.clock import Clock, SystemClock
 from app.control import adapters, intake, pools
 from app.control.driver import Activator, Driver
@@ -28,7 +29,7 @@ from app.control.tasks.publish import Publish
 from app.control.tasks.sweep import Sweep
 from app.db.blobs import AdapterStore
 from app.db.engine import Database
-from app.domain import BaseModel
+from app.domain import BaseModel, Replica
 from app.errors import (
     AdapterRejected,
     BodyTooLarge,
@@ -37,6 +38,7 @@ from app.errors import (
     LoragateError,
     NotFound,
 )
+from app.serving.fleet import Fleet
 from app.serving.snapshot import Snapshots
 from app.settings import Settings
 from tests.contract.conftest import POSTGRES
@@ -58,6 +60,7 @@ class Gateway:
     publish: Activator
     snapshots: Snapshots
     driver: Driver
+    fleet: Fleet
 
 
 async def opened(url: str, folder: Path, **more: object) -> Gateway:
@@ -68,13 +71,18 @@ async def opened(url: str, folder: Path, **more: object) -> Gateway:
     driver = Driver(clock)
     publish = driver.add("publish", Publish(db, snapshots, FakeFleet(), settings_).activate, 3600.0)
     store = AdapterStore(settings_.store_path)
+    fleet = Fleet(nobody, clock=clock, store_root=store.root, store_path=store.path)
     async with db.begin() as session:
         for name in ("tiny", "large"):
             with suppress(Conflict):
                 await pools.create(
                     session, clock, name=name, base=BaseModel(name, BASE_CONFIG), max_lora_rank=8
                 )
-    return Gateway(settings_, clock, db, store, publish, snapshots, driver)
+    return Gateway(settings_, clock, db, store, publish, snapshots, driver, fleet)
+
+
+def nobody(replica: Replica) -> Backend:
+    raise AssertionError(f"no replica was registered, and {replica.id} is one")
 
 
 @pytest.fixture

@@ -61,8 +61,8 @@ def complete(server: ModelServer, adapter: Path, name: str) -> list[dict[str, An
 def test_worker_and_vllm_agree(
     worker_server: ModelServer, vllm_server: ModelServer, name: str
 ) -> None:
-    ours = complete(worker_server, demo.ADAPTERS[name], f"{name}@1")
-    theirs = complete(vllm_server, demo.ADAPTERS[name], f"{name}@1")
+    ours = complete(worker_server, demo.ADAPTERS[name], f"{name}-alone")
+    theirs = complete(vllm_server, demo.ADAPTERS[name], f"{name}-alone")
     for prompt, one, other in zip(PROMPTS, ours, theirs, strict=True):
         assert one["prompt_token_ids"] == other["prompt_token_ids"], prompt
         assert len(other["token_ids"]) == TOKENS, prompt

@@ -199,7 +199,7 @@ def test_the_prefix_cache_is_used_as_before(
 
 
 def test_it_says_what_it_gets_right(server: ModelServer) -> None:
-    assert features_of(server) == Features(True, True, True)
+    assert features_of(server) == Features(True, True, True, dtype="float32")
     found = httpx.get(f"{server.url}/loragate/features", timeout=30).json()
     assert (found["plugin"], found["vllm"]) == ("0.1.0", "0.32.0")
 
