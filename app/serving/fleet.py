@@ -123,7 +123,7 @@ class Fleet:
         if not homes and version.probed:
             now = self._clock.monotonic()
             homes = {r: None for r in found.candidates(name, now)[:1] if r.available}
-        lacking = [replica for replica in homes if self.loads.needed(replica, version)]
+        lacking = [replica for replica in homes if self.loads.needed(replica, name, version)]
         ended = await asyncio.gather(
             *(self.loads.load(replica, version) for replica in lacking), return_exceptions=True
         )

@@ -127,6 +127,8 @@ class Forwarder:
     ) -> LiveReplica | None:
         now = self._clock.monotonic()
         name = route.upstream_name
+        if prefer is None and not request.wants_prompt_logprobs:
+            return pick(pool, name, request, now, tried=tried)
         fits = partial(_right, route.version) if request.wants_prompt_logprobs else None
         for replica in pool.replicas if prefer is not None else ():
             able = replica.allows(now) and (fits is None or fits(replica))
@@ -135,9 +137,10 @@ class Forwarder:
         return pick(pool, name, request, now, tried=tried, fits=fits)
 
     async def _send(self, replica: LiveReplica, request: InferenceRequest, route: Route) -> Reply:
-        body = request.upstream_body(route.upstream_name)
+        name = route.upstream_name
+        body = request.upstream_body(name)
         version = route.version
-        if version is not None and self.fleet.loads.needed(replica, version):
+        if version is not None and self.fleet.loads.needed(replica, name, version):
             await self._load(replica, version)
         reply = await replica.backend.send(request.path, body, request.headers)
         if reply.status not in _ODD:

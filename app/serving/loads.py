@@ -82,9 +82,8 @@ class Loads:
             self._mounts = mounts
             self._paths.clear()
 
-    def needed(self, replica: LiveReplica, version: AdapterVersion) -> bool:
-        """Whether a request must wait for `load` first."""
-        name = version.upstream_name
+    def needed(self, replica: LiveReplica, name: str, version: AdapterVersion) -> bool:
+        """Whether a request for a version, by its upstream name, must wait for `load` first."""
         if not replica.holds(name, version.digest):
             return True
         return version.probed and name not in replica.verified

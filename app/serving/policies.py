@@ -83,8 +83,12 @@ def _choose(
 ) -> LiveReplica | None:
     if len(usable) < 2:
         return usable[0] if usable else None
-    if not chain and all(not adapted or r.residency.in_slot(name) for r in usable):
-        return _least(usable, now)
+    if not chain:
+        for replica in usable:
+            if adapted and not replica.residency.in_slot(name):
+                break
+        else:
+            return _least(usable, now)
     return _best(pool, name, chain, now, usable, adapted=adapted)
 
 

@@ -79,10 +79,10 @@ async def test_one_load_at_a_time_on_a_replica_and_side_by_side_on_two(
 
 async def test_a_load_is_verified_once(proven: Proven) -> None:
     replica = await proven.one()
-    assert proven.fleet.loads.needed(replica, PROBED)
+    assert proven.fleet.loads.needed(replica, PROBED.upstream_name, PROBED)
     for _ in range(3):
         await proven.fleet.loads.load(replica, PROBED)
-        assert not proven.fleet.loads.needed(replica, PROBED)
+        assert not proven.fleet.loads.needed(replica, PROBED.upstream_name, PROBED)
     assert len(proven.connected[0].loads) == 1
     assert replica.verified == {"pirate@1"}
 
@@ -91,7 +91,7 @@ async def test_what_a_replica_held_already_is_verified_before_it_is_served(prove
     replica = await proven.one()
     await proven.fleet.loads.load(replica, version())
     scored = len(proven.connected[0].scored)
-    assert proven.fleet.loads.needed(replica, PROBED)
+    assert proven.fleet.loads.needed(replica, PROBED.upstream_name, PROBED)
     await proven.fleet.loads.load(replica, PROBED)
     assert len(proven.connected[0].loads) == 1
     assert len(proven.connected[0].scored) == scored + 1
@@ -111,7 +111,7 @@ async def test_wrong_weights_are_quarantined_with_their_numbers(proven: Proven) 
     replica = await lying(proven)
     assert "max 1 (allowed" in replica.quarantined["pirate@1"]
     assert proven.fleet.loads.counts[("pool", "quarantined")] == 1
-    assert proven.fleet.loads.needed(replica, PROBED)
+    assert proven.fleet.loads.needed(replica, PROBED.upstream_name, PROBED)
     with pytest.raises(ProbeFailed, match="max 1 "):
         await proven.fleet.loads.load(replica, PROBED)
     assert proven.fleet.loads.counts[("pool", "quarantined")] == 1, "it is not asked again"
@@ -143,14 +143,14 @@ async def test_a_restart_forgets_what_was_verified(proven: Proven) -> None:
     proven.connected[0].engine = EngineStatus(started_at=2.0)
     await proven.fleet.probe()
     assert replica.residency.known == {"pirate@1": path_of(PROBED)}
-    assert proven.fleet.loads.needed(replica, PROBED)
+    assert proven.fleet.loads.needed(replica, PROBED.upstream_name, PROBED)
 
 
 async def test_distrust_verifies_again_what_was_right(proven: Proven) -> None:
     replica = await proven.one()
     await proven.fleet.loads.load(replica, PROBED)
     proven.fleet.distrust("pirate@1")
-    assert proven.fleet.loads.needed(replica, PROBED)
+    assert proven.fleet.loads.needed(replica, PROBED.upstream_name, PROBED)
     await proven.fleet.loads.load(replica, PROBED)
     assert len(proven.connected[0].loads) == 1
 
@@ -168,7 +168,7 @@ async def test_a_replica_that_dies_of_the_probe_is_not_verified(proven: Proven) 
     proven.connected[0].score_error = UpstreamBroke("it died")
     with pytest.raises(UpstreamBroke):
         await proven.fleet.loads.load(replica, PROBED)
-    assert proven.fleet.loads.needed(replica, PROBED)
+    assert proven.fleet.loads.needed(replica, PROBED.upstream_name, PROBED)
     assert replica.quarantined == {}
 
 
@@ -184,7 +184,7 @@ async def test_a_version_whose_probe_is_gone_is_served(proven: Proven) -> None:
     replica = await proven.one()
     proven.probe = None
     await proven.fleet.loads.load(replica, PROBED)
-    assert not proven.fleet.loads.needed(replica, PROBED)
+    assert not proven.fleet.loads.needed(replica, PROBED.upstream_name, PROBED)
 
 
 async def test_an_adapter_that_changes_lm_head_is_known_to_be_there(made: FleetOfMemory) -> None:
