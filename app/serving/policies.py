@@ -56,6 +56,10 @@ def pick(
     chain: list[int] = []
     if len(among) > 1 and len(request.body) >= BLOCK:
         chain = blocks(name, request.prefix)
+    elif len(among) <= FEW and not tried and fits is None:
+        ready = _least_of_ready(among, name, now, adapted=adapted)
+        if ready is not None and ready.takes(name):
+            return ready
     few = among if len(among) <= FEW else _few(pool, chain, among)
     usable = _usable(few, name, now, tried, fits)
     chosen = _choose(pool, name, chain, now, usable, adapted=adapted)
@@ -83,12 +87,6 @@ def _choose(
 ) -> LiveReplica | None:
     if len(usable) < 2:
         return usable[0] if usable else None
-    if not chain:
-        for replica in usable:
-            if adapted and not replica.residency.in_slot(name):
-                break
-        else:
-            return _least(usable, now)
     return _best(pool, name, chain, now, usable, adapted=adapted)
 
 
@@ -110,13 +108,26 @@ def _usable(
     ]
 
 
-def _least(usable: Sequence[LiveReplica], now: float) -> LiveReplica:
-    """Nothing but their load tells them apart. Of equals, the one left alone for longest."""
-    best = usable[0]
-    best_load = best.load(now)
-    for replica in usable[1:]:
+def _least_of_ready(
+    among: Sequence[LiveReplica], name: str, now: float, *, adapted: bool
+) -> LiveReplica | None:
+    """If all can serve it at once, nothing but their load tells them apart: the least loaded.
+
+    Of equals it is the one left alone for longest. This is the usual case, in one pass.
+    """
+    best: LiveReplica | None = None
+    best_load = 0.0
+    for replica in among:
+        if not (replica.available and replica.breaker.closed) or replica.quarantined:
+            return None
+        if adapted and not replica.residency.in_slot(name):
+            return None
         load = replica.load(now)
-        if load < best_load or (load == best_load and replica.last_claim < best.last_claim):
+        if (
+            best is None
+            or load < best_load
+            or (load == best_load and replica.last_claim < best.last_claim)
+        ):
             best, best_load = replica, load
     return best
 
