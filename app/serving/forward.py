@@ -77,7 +77,7 @@ class Forwarder:
     async def forward(
         self, request: InferenceRequest, route: Route, *, prefer: str | None = None
     ) -> Reply:
-        """Send to `prefer` (a replica's id) if that takes it now, else to the one picked.
+        """Send to `prefer` (a replica's id) if that can serve it, else to the one picked.
 
         Raises:
             NoReplicaAvailable: no replica of the pool can take it now.
@@ -131,8 +131,8 @@ class Forwarder:
             return pick(pool, name, request, now, tried=tried)
         fits = partial(_right, route.version) if request.wants_prompt_logprobs else None
         for replica in pool.replicas if prefer is not None else ():
-            able = replica.allows(now) and (fits is None or fits(replica))
-            if replica.id == prefer and able and replica not in tried:
+            right = name not in replica.quarantined and (fits is None or fits(replica))
+            if replica.id == prefer and right and replica.allows(now) and replica not in tried:
                 return replica
         return pick(pool, name, request, now, tried=tried, fits=fits)
 

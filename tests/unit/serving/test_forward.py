@@ -406,3 +406,14 @@ async def test_whatever_happens_every_claim_is_released_and_every_reply_closed(
         assert idle(made)
         for backend in made.connected:
             assert all(reply._callbacks is None for reply in backend.replies)
+
+
+async def test_the_preferred_replica_is_not_asked_for_what_it_serves_wrongly(
+    made: FleetOfMemory,
+) -> None:
+    first, _ = await made.sync(snapshot(replicas=2))
+    first.quarantined["pirate@1"] = "numbers"
+    reply = await Forwarder(made.fleet, made.clock).forward(request(), ADAPTER, prefer="r0")
+    assert (reply.status, reply.replica) == (200, "r1")
+    assert made.fleet.retries == {}, "it was no attempt that failed"
+    reply.close()
