@@ -24,6 +24,7 @@ class Scope(StrEnum):
     """What a key may do."""
 
     INFERENCE = "inference"
+    TRAINING = "training"
     ADMIN = "admin"
 
 
@@ -198,3 +199,162 @@ class UsageRecord:
     model: str
     requests: int
     usage: Usage
+
+
+class TrainerKind(StrEnum):
+    """Which engine trains: Megatron takes one job at a time, `hf` several on one base."""
+
+    HF = "hf"
+    MEGATRON = "megatron"
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """A worker that trains adapters of one base model; `url` is its base URL without a path.
+
+    It is given at most `max_jobs` jobs at once.
+    """
+
+    name: str
+    kind: TrainerKind
+    base_model: str
+    url: str
+    max_jobs: int = 1
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def lock(self) -> str | None:
+        """What a running job of it holds, so that the schema lets no second one run beside it."""
+        return f"trainer:{self.name}" if self.max_jobs == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """The adapter a run trains: every `target_modules` linear gets `rank` and `alpha`.
+
+    `seed` is all that its first weights depend on.
+    """
+
+    rank: int
+    alpha: int
+    target_modules: tuple[str, ...]
+    seed: int
+
+
+class JobKind(StrEnum):
+    """What a job does; `handlers` has one module for each."""
+
+    FINE_TUNE = "fine_tune"
+    TRAIN_OP = "train_op"
+
+
+class JobStatus(StrEnum):
+    """Where a job is in its life. That it shall be cancelled or paused is a flag beside it."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job failed, in the form an API error has."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Durable work, as it was when it was read.
+
+    `number` is its place in the order of submission. `attempts` counts how often it was claimed
+    and is the fencing token of its runner: whoever holds an older one may write nothing. At most
+    one running job holds a given `lock`. `spec` is what was asked, `progress` what its handler
+    keeps between attempts, `result` what came of it.
+    """
+
+    id: str
+    number: int
+    kind: JobKind
+    key_id: str
+    trainer: str | None
+    lock: str | None
+    priority: int
+    status: JobStatus
+    spec: Mapping[str, Any]
+    progress: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    attempts: int
+    max_attempts: int
+    cancel_requested: bool
+    pause_requested: bool
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    lease_token: str | None = None
+    result: Mapping[str, Any] | None = None
+    error: JobError | None = None
+
+
+class JobEventType(StrEnum):
+    """A change of status, something to read, or a step's numbers."""
+
+    STATUS = "status"
+    MESSAGE = "message"
+    METRICS = "metrics"
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """What happened to a job: event `number` (1, 2, … without a gap) of its own.
+
+    An event of a training step names the `step`; a job has one such event for each step,
+    whatever was repeated to get there.
+    """
+
+    job_id: str
+    number: int
+    type: JobEventType
+    level: str
+    message: str
+    created_at: datetime
+    data: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """An uploaded or produced file; its bytes are on disk under its `digest` (sha-256)."""
+
+    id: str
+    key_id: str
+    filename: str
+    purpose: str
+    bytes: int
+    digest: str
+    created_at: datetime
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Weights a fine-tune job registered along the way: `model` is the name to ask for.
+
+    `metrics` are those of its `step`.
+    """
+
+    id: str
+    job_id: str
+    step: int
+    model: str
+    metrics: Mapping[str, float]
+    created_at: datetime

@@ -13,6 +13,11 @@
     │   ├── MethodNotAllowed             method_not_allowed
     │   ├── Conflict                     conflict
     │   ├── AdapterRejected              adapter_rejected
+    │   ├── InvalidTrainingFile          invalid_training_file  with the lines that are wrong
+    │   ├── NotTrainable                 model_not_trainable    no trainer has this base
+    │   ├── TrainingFailed               training_failed        the job's own doing
+    │   │   ├── NonFiniteLoss            non_finite_loss
+    │   │   └── OutOfMemory              out_of_memory
     │   └── PromptLogprobsUnsupported    prompt_logprobs_unsupported
     ├── NoReplicaAvailable               no_replica_available
     │   ├── PoolFull                     pool_full
@@ -24,6 +29,11 @@
     │   ├── UpstreamRefused              upstream_unavailable   nothing arrived: retry is safe
     │   ├── UpstreamTimeout              upstream_timeout       it may still be working
     │   └── UpstreamBroke                upstream_broke         it died or spoke nonsense
+    ├── TrainerError                     trainer_error          what a training worker did
+    │   ├── TrainerUnavailable           trainer_unavailable    it cannot be reached: try again
+    │   ├── RunLost                      run_lost               it knows this run no more
+    │   ├── TrainerBusy                  trainer_busy           no room for another run now
+    │   └── Fenced                       fenced                 a newer attempt has the run
     ├── SourceUnavailable                source_unavailable     weights could not be fetched
     ├── StorageUnavailable               storage_unavailable    the database or disk is unusable
     └── ConfigurationError               invalid_configuration
@@ -143,6 +153,56 @@ class AdapterRejected(RequestError):
         return [asdict(fault) for fault in self.faults]
 
 
+@dataclass(frozen=True, slots=True)
+class LineFault:
+    """One line of a training file that cannot be used; lines count from 1."""
+
+    line: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.problem}"
+
+
+class InvalidTrainingFile(RequestError):
+    """A file cannot be trained on; `faults` names the first lines that are wrong."""
+
+    code = "invalid_training_file"
+    param = "training_file"
+
+    def __init__(self, message: str, faults: Sequence[LineFault] = (), *, param: str | None = None):
+        super().__init__("; ".join([message, *map(str, faults)]), param=param)
+        self.faults = tuple(faults)
+
+    def details(self) -> list[dict[str, object]]:
+        return [asdict(fault) for fault in self.faults]
+
+
+class NotTrainable(RequestError):
+    """No trainer is set up for this base model."""
+
+    code = "model_not_trainable"
+    param = "model"
+
+
+class TrainingFailed(RequestError):
+    """A step failed because of what the job asked; the same again would fail again."""
+
+    code = "training_failed"
+
+
+class NonFiniteLoss(TrainingFailed):
+    """The loss or a gradient of a step is infinite or not a number."""
+
+    code = "non_finite_loss"
+
+
+class OutOfMemory(TrainingFailed):
+    """A step needs more memory than the trainer has, even alone."""
+
+    code = "out_of_memory"
+
+
 class PromptLogprobsUnsupported(RequestError):
     """No replica asked can answer prompt logprobs of this model right; the message says why."""
 
@@ -211,6 +271,36 @@ class UpstreamBroke(UpstreamError):
     """The replica closed, reset or spoke nonsense after the request was sent."""
 
     code = "upstream_broke"
+
+
+class TrainerError(LoragateError):
+    """A training worker did not do what it was asked. The job is not to blame."""
+
+    code = "trainer_error"
+
+
+class TrainerUnavailable(TrainerError):
+    """The worker cannot be reached, or ended before it answered: asking again is safe."""
+
+    code = "trainer_unavailable"
+
+
+class RunLost(TrainerError):
+    """The worker knows nothing of this run, or less than was told to it: open it again."""
+
+    code = "run_lost"
+
+
+class TrainerBusy(TrainerError):
+    """The worker has as many runs as it can hold."""
+
+    code = "trainer_busy"
+
+
+class Fenced(TrainerError):
+    """A newer attempt at the job has the run; this one must stop."""
+
+    code = "fenced"
 
 
 class SourceUnavailable(LoragateError):

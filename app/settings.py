@@ -48,6 +48,21 @@ class PoolSettings(BaseModel):
     api_key: SecretStr | None = Field(None, description="The replicas' --api-key.")
 
 
+class TrainerSettings(BaseModel):
+    """A training worker declared in the environment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="The trainer's name.")
+    kind: Literal["hf", "megatron"] = Field("hf", description="Which engine the worker has.")
+    base_model: str = Field(description="The base it trains, as clients write it; a pool's.")
+    url: str = Field(description="Base URL of the worker.")
+    max_jobs: int | None = Field(
+        None, ge=1, description="Jobs it is given at once: 8 for `hf`; always 1 for `megatron`."
+    )
+    api_key: SecretStr | None = Field(None, description="Sent to it as a bearer token.")
+
+
 class Settings(BaseSettings):
     """Everything that can be set from outside, with its default."""
 
@@ -89,6 +104,28 @@ class Settings(BaseSettings):
     )
     embedded: Literal["auto", "off"] = Field(
         "auto", description="`auto`: with no pool at all, start the demo worker as a child."
+    )
+
+    trainers: tuple[TrainerSettings, ...] = Field(
+        (), description="Training workers declared as JSON; the embedded worker is one by itself."
+    )
+    max_file_bytes: int = Field(
+        512 << 20, ge=1, description="Largest file accepted at /v1/files, in bytes."
+    )
+    max_queued_jobs: int = Field(
+        1000, ge=1, description="Most jobs that one key may have waiting or running."
+    )
+    lease_s: float = Field(
+        15.0, gt=0, description="How long a job stays with a gateway that says nothing more of it."
+    )
+    job_attempts: int = Field(
+        5, ge=1, description="How often a job is begun anew after its gateway or worker was lost."
+    )
+    trainer_patience_s: float = Field(
+        60.0, gt=0, description="How long a running job waits for its worker to come back."
+    )
+    checkpoint_period_s: float = Field(
+        30.0, gt=0, description="Most training that a lost worker can cost a job, in seconds."
     )
 
     max_body_bytes: int = Field(32 << 20, ge=1024, description="Largest request body, in bytes.")
@@ -158,6 +195,22 @@ class Settings(BaseSettings):
         8192, ge=1, description="Prompt tokens the worker prefills in one pass."
     )
     worker_max_logprobs: int = Field(20, ge=0, description="Most logprobs a request may ask for.")
+    worker_trainer: Literal["off", "hf", "megatron"] = Field(
+        "hf", description="Which engine the worker trains with, if any."
+    )
+    worker_state_dir: Path = Field(
+        Path("~/.loragate/runs"), description="Where the worker keeps the states of its runs."
+    )
+    worker_max_runs: int = Field(16, ge=1, description="Runs the worker keeps in memory.")
+    worker_train_tokens: int = Field(
+        16384, ge=1, description="Tokens of one training pass; more are done in several."
+    )
+    worker_gradient_checkpointing: bool = Field(
+        False, description="Compute activations twice instead of keeping them."
+    )
+    worker_tensor_parallel: int = Field(1, ge=1, description="Megatron: ranks a layer is cut in.")
+    worker_pipeline_parallel: int = Field(1, ge=1, description="Megatron: stages of layers.")
+    worker_data_parallel: int = Field(1, ge=1, description="Megatron: copies of the model.")
     worker_threads: int | None = Field(
         None,
         ge=1,
@@ -169,6 +222,10 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return [part for part in value.split(":") if part] if isinstance(value, str) else value
+
+    @property
+    def files_path(self) -> Path:
+        return self.data_path / "files"
 
     @property
     def data_path(self) -> Path:

@@ -41,6 +41,11 @@ KINDS: dict[type[errors.LoragateError], tuple[int, str]] = {
     errors.MethodNotAllowed: (405, _CALLER),
     errors.Conflict: (409, _CALLER),
     errors.AdapterRejected: (422, _CALLER),
+    errors.InvalidTrainingFile: (400, _CALLER),
+    errors.NotTrainable: (400, _CALLER),
+    errors.TrainingFailed: (422, _CALLER),
+    errors.NonFiniteLoss: (422, _CALLER),
+    errors.OutOfMemory: (422, _CALLER),
     errors.PromptLogprobsUnsupported: (422, _CALLER),
     errors.NoReplicaAvailable: (503, _SERVER),
     errors.PoolFull: (503, _SERVER),
@@ -52,6 +57,11 @@ KINDS: dict[type[errors.LoragateError], tuple[int, str]] = {
     errors.UpstreamRefused: (503, _SERVER),
     errors.UpstreamTimeout: (504, _SERVER),
     errors.UpstreamBroke: (502, _SERVER),
+    errors.TrainerError: (502, _SERVER),
+    errors.TrainerUnavailable: (503, _SERVER),
+    errors.RunLost: (502, _SERVER),
+    errors.TrainerBusy: (503, _SERVER),
+    errors.Fenced: (409, _SERVER),
     errors.SourceUnavailable: (502, _SERVER),
     errors.StorageUnavailable: (503, _SERVER),
     errors.ConfigurationError: (500, _SERVER),
@@ -73,7 +83,7 @@ def envelope(exc: BaseException) -> dict[str, Any]:
     if not isinstance(exc, errors.LoragateError) or type(exc) is errors.LoragateError:
         return _error(_internal_message(), _SERVER, None, errors.LoragateError.code)
     found = _error(str(exc), _kind(exc)[1], exc.param, exc.code)
-    if isinstance(exc, errors.AdapterRejected):
+    if isinstance(exc, errors.AdapterRejected | errors.InvalidTrainingFile):
         found["error"]["details"] = exc.details()
     return found
 

@@ -26,6 +26,7 @@ from sqlalchemy import (
     String,
     UniqueConstraint,
     false,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -227,3 +228,155 @@ class UsageRow(Row):
     requests: Mapped[int] = mapped_column(BigInteger)
     prompt_tokens: Mapped[int] = mapped_column(BigInteger)
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
+
+
+#: The statuses in which a job holds its lock. A literal: the index below is part of the schema.
+_RUNNING = text("status = 'running'")
+
+
+class JobRow(Row):
+    """Durable work. Whoever runs it holds the lease: `lease_token`, until `lease_expires_at`.
+
+    `ix_jobs_lock` lets one running job hold a lock, whatever the code that claims does wrong.
+    `claim_number` is the count of all claims at its last one: the key that was served longest ago
+    goes first.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("id"),
+        Index(
+            "ix_jobs_lock", "lock", unique=True, sqlite_where=_RUNNING, postgresql_where=_RUNNING
+        ),
+        Index("ix_jobs_status", "status", "priority", "number"),
+        Index("ix_jobs_key", "key_id", "number"),
+        Index("ix_jobs_key_claim", "key_id", "claim_number"),
+    )
+
+    number: Mapped[int] = mapped_column(Id, primary_key=True)
+    id: Mapped[str] = mapped_column(String(40))
+    kind: Mapped[str] = mapped_column(String(16))
+    key_id: Mapped[str] = mapped_column(String(64))
+    trainer: Mapped[str | None] = mapped_column(String(128))
+    lock: Mapped[str | None] = mapped_column(String(160))
+    priority: Mapped[int]
+    status: Mapped[str] = mapped_column(String(16))
+    spec: Mapped[dict[str, Any]]
+    progress: Mapped[dict[str, Any]]
+    details: Mapped[dict[str, Any]]
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    attempts: Mapped[int]
+    max_attempts: Mapped[int]
+    claim_number: Mapped[int | None] = mapped_column(BigInteger)
+    lease_token: Mapped[str | None] = mapped_column(String(64))
+    lease_expires_at: Mapped[datetime | None]
+    cancel_requested: Mapped[bool]
+    pause_requested: Mapped[bool]
+    last_event: Mapped[int]
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class JobEventRow(Row):
+    """One thing that happened to a job, numbered from 1 by `jobs.last_event`."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (
+        Index(
+            "ix_job_events_step",
+            "job_number",
+            "step",
+            unique=True,
+            sqlite_where=text("step IS NOT NULL"),
+            postgresql_where=text("step IS NOT NULL"),
+        ),
+    )
+
+    job_number: Mapped[int] = mapped_column(
+        ForeignKey("jobs.number", ondelete="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    type: Mapped[str] = mapped_column(String(16))
+    level: Mapped[str] = mapped_column(String(8))
+    message: Mapped[str] = mapped_column(String(4096))
+    data: Mapped[dict[str, Any]]
+    step: Mapped[int | None]
+    created_at: Mapped[datetime]
+
+
+class CheckpointRow(Row):
+    """Weights a fine-tune job registered along the way."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("job_number", "step"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    job_number: Mapped[int] = mapped_column(ForeignKey("jobs.number", ondelete="CASCADE"))
+    step: Mapped[int]
+    model: Mapped[str] = mapped_column(String(300))
+    metrics: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class FileRow(Row):
+    """A file that was uploaded, or that a job produced. The bytes are on disk."""
+
+    __tablename__ = "files"
+    __table_args__ = (Index("ix_files_key", "key_id", "number"), Index("ix_files_digest", "digest"))
+
+    number: Mapped[int] = mapped_column(Id, primary_key=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    key_id: Mapped[str] = mapped_column(String(64))
+    filename: Mapped[str] = mapped_column(String(512))
+    purpose: Mapped[str] = mapped_column(String(32))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+
+
+class UploadRow(Row):
+    """A file that arrives in parts; `file_id` once it is complete."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    key_id: Mapped[str] = mapped_column(String(64))
+    filename: Mapped[str] = mapped_column(String(512))
+    purpose: Mapped[str] = mapped_column(String(32))
+    mime_type: Mapped[str] = mapped_column(String(128))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    status: Mapped[str] = mapped_column(String(16))
+    file_id: Mapped[str | None] = mapped_column(String(40))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+
+
+class UploadPartRow(Row):
+    """One part of an upload; its bytes are on disk until the upload ends."""
+
+    __tablename__ = "upload_parts"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime]
+
+
+class TrainingRunRow(Row):
+    """A run that lives across single ops: the adapter it became, and its next op's number."""
+
+    __tablename__ = "training_runs"
+    __table_args__ = (Index("ix_training_runs_key", "key_id"),)
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    key_id: Mapped[str] = mapped_column(String(64))
+    trainer: Mapped[str] = mapped_column(String(128))
+    base_model: Mapped[str] = mapped_column(String(256))
+    spec: Mapped[dict[str, Any]]
+    next_seq: Mapped[int]
+    created_at: Mapped[datetime]
+    removed_at: Mapped[datetime | None]

@@ -1,0 +1,1 @@
+"""What a job does: one module for each kind, `run(job, context)` in each."""

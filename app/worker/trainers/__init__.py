@@ -1,0 +1,1 @@
+"""Engines that train: one behind `base.Trainer` each."""
