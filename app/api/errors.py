@@ -61,7 +61,7 @@ KINDS: dict[type[errors.LoragateError], tuple[int, str]] = {
     errors.TrainerUnavailable: (503, _SERVER),
     errors.RunLost: (502, _SERVER),
     errors.TrainerBusy: (503, _SERVER),
-    errors.Fenced: (409, _SERVER),
+    errors.Fenced: (409, _CALLER),
     errors.SourceUnavailable: (502, _SERVER),
     errors.StorageUnavailable: (503, _SERVER),
     errors.ConfigurationError: (500, _SERVER),

@@ -69,7 +69,7 @@ def test_every_error_is_documented() -> None:
 
 def test_the_advice_on_retries_is_what_the_headers_say() -> None:
     for cls in classes():
-        if cls is errors.AdapterRejected:
+        if cls is errors.AdapterRejected:  # takes faults, not words
             continue
         headers, advice = headers_of(cls("x")), documented()[cls.code][1]
         if "Retry-After" in headers:
