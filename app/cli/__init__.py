@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from app.cli import adapters, keys, pools, probes, programs, settings, status
+from app.cli import adapters, jobs, keys, pools, probes, programs, settings, status
 from app.cli.terminal import fail
 from app.errors import LoragateError
 
@@ -32,6 +32,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(pools.app, name="pools")
 app.add_typer(pools.replicas, name="replicas")
 app.add_typer(keys.app, name="keys")
+app.add_typer(jobs.app, name="jobs")
 status.install(app)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import httpx
 
@@ -35,6 +36,7 @@ class Gateway:
 
     def __init__(self, url: str, key: str | None) -> None:
         self.url = url.rstrip("/")
+        self.keyed = key is not None
         try:
             self._client = httpx.Client(
                 base_url=self.url,
@@ -83,6 +85,12 @@ class Gateway:
         headers = {"Content-Type": media_type, "Content-Length": str(size)}
         return self._call("POST", path, params=params, content=chunks, headers=headers)
 
+    def send_file(self, path: str, file: Path, fields: Mapping[str, str]) -> Any:
+        """POST a file as a form does; it is read as it is sent."""
+        with file.open("rb") as stream:
+            files = {"file": (file.name, stream, "application/octet-stream")}
+            return self._call("POST", path, form=fields, files=files)
+
     def _call(
         self,
         method: str,
@@ -92,11 +100,20 @@ class Gateway:
         body: Mapping[str, object] | None = None,
         content: Iterable[bytes] | None = None,
         headers: Mapping[str, str] | None = None,
+        form: Mapping[str, str] | None = None,
+        files: Mapping[str, tuple[str, BinaryIO, str]] | None = None,
     ) -> Any:
         given: dict[str, Any] = {k: v for k, v in (params or {}).items() if v is not None}
         try:
             answer = self._client.request(
-                method, path, params=given, json=body, content=content, headers=headers
+                method,
+                path,
+                params=given,
+                json=body,
+                content=content,
+                headers=headers,
+                data=form,
+                files=files,
             )
         except httpx.ConnectError as exc:
             raise Refused(

@@ -6,7 +6,7 @@ What comes in: parsed JSON. What goes out: something rich can print. No HTTP, no
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from rich import box
@@ -44,6 +44,13 @@ def when(stamp: str | None) -> str:
     if stamp is None:
         return ""
     return datetime.fromisoformat(stamp).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def when_unix(seconds: int | None) -> str:
+    """Unix seconds, as OpenAI's API has them, in this machine's zone."""
+    if seconds is None:
+        return ""
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def size(count: int) -> str:
