@@ -230,16 +230,16 @@ class UsageRow(Row):
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
 
 
-#: The statuses in which a job holds its lock. A literal: the index below is part of the schema.
-_RUNNING = text("status = 'running'")
+#: Which rows are in the partial indexes of `jobs`. Literals: they are part of the schema.
+_RUNNING, _QUEUED = text("status = 'running'"), text("status = 'queued'")
 
 
 class JobRow(Row):
     """Durable work. Whoever runs it holds the lease: `lease_token`, until `lease_expires_at`.
 
     `ix_jobs_lock` lets one running job hold a lock, whatever the code that claims does wrong.
-    `claim_number` is the count of all claims at its last one: the key that was served longest ago
-    goes first.
+    `claim_number` is the count of its trainer's claims at its last one: the key that was served
+    longest ago goes first. A job that was given back is not claimed again before `not_before`.
     """
 
     __tablename__ = "jobs"
@@ -248,9 +248,17 @@ class JobRow(Row):
         Index(
             "ix_jobs_lock", "lock", unique=True, sqlite_where=_RUNNING, postgresql_where=_RUNNING
         ),
-        Index("ix_jobs_status", "status", "priority", "number"),
+        # Whatever a claim asks of a waiting job, so that it reads no row but the one it takes.
+        Index(
+            "ix_jobs_queued",
+            *("trainer", "priority", "key_id", "number", "kind", "lock", "not_before"),
+            sqlite_where=_QUEUED,
+            postgresql_where=_QUEUED,
+        ),
+        Index("ix_jobs_status", "status", "key_id", "number"),
         Index("ix_jobs_key", "key_id", "number"),
-        Index("ix_jobs_key_claim", "key_id", "claim_number"),
+        Index("ix_jobs_claims", "trainer", "claim_number"),
+        Index("ix_jobs_key_claims", "trainer", "key_id", "claim_number"),
     )
 
     number: Mapped[int] = mapped_column(Id, primary_key=True)
@@ -271,6 +279,7 @@ class JobRow(Row):
     claim_number: Mapped[int | None] = mapped_column(BigInteger)
     lease_token: Mapped[str | None] = mapped_column(String(64))
     lease_expires_at: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
     cancel_requested: Mapped[bool]
     pause_requested: Mapped[bool]
     last_event: Mapped[int]

@@ -52,6 +52,7 @@ def upgrade() -> None:
     sa.Column('claim_number', sa.BigInteger(), nullable=True),
     sa.Column('lease_token', sa.String(length=64), nullable=True),
     sa.Column('lease_expires_at', sa.DateTime(timezone=True), nullable=True),
+    sa.Column('not_before', sa.DateTime(timezone=True), nullable=True),
     sa.Column('cancel_requested', sa.Boolean(), nullable=False),
     sa.Column('pause_requested', sa.Boolean(), nullable=False),
     sa.Column('last_event', sa.Integer(), nullable=False),
@@ -61,10 +62,12 @@ def upgrade() -> None:
     sa.PrimaryKeyConstraint('number', name=op.f('pk_jobs')),
     sa.UniqueConstraint('id', name=op.f('uq_jobs_id'))
     )
+    op.create_index('ix_jobs_claims', 'jobs', ['trainer', 'claim_number'], unique=False)
     op.create_index('ix_jobs_key', 'jobs', ['key_id', 'number'], unique=False)
-    op.create_index('ix_jobs_key_claim', 'jobs', ['key_id', 'claim_number'], unique=False)
+    op.create_index('ix_jobs_key_claims', 'jobs', ['trainer', 'key_id', 'claim_number'], unique=False)
     op.create_index('ix_jobs_lock', 'jobs', ['lock'], unique=True, sqlite_where=sa.text("status = 'running'"), postgresql_where=sa.text("status = 'running'"))
-    op.create_index('ix_jobs_status', 'jobs', ['status', 'priority', 'number'], unique=False)
+    op.create_index('ix_jobs_queued', 'jobs', ['trainer', 'priority', 'key_id', 'number', 'kind', 'lock', 'not_before'], unique=False, sqlite_where=sa.text("status = 'queued'"), postgresql_where=sa.text("status = 'queued'"))
+    op.create_index('ix_jobs_status', 'jobs', ['status', 'key_id', 'number'], unique=False)
 
     op.create_table('training_runs',
     sa.Column('id', sa.String(length=128), nullable=False),
@@ -138,9 +141,11 @@ def downgrade() -> None:
 
     op.drop_table('training_runs')
     op.drop_index('ix_jobs_status', table_name='jobs')
+    op.drop_index('ix_jobs_queued', table_name='jobs', sqlite_where=sa.text("status = 'queued'"), postgresql_where=sa.text("status = 'queued'"))
     op.drop_index('ix_jobs_lock', table_name='jobs', sqlite_where=sa.text("status = 'running'"), postgresql_where=sa.text("status = 'running'"))
-    op.drop_index('ix_jobs_key_claim', table_name='jobs')
+    op.drop_index('ix_jobs_key_claims', table_name='jobs')
     op.drop_index('ix_jobs_key', table_name='jobs')
+    op.drop_index('ix_jobs_claims', table_name='jobs')
 
     op.drop_table('jobs')
     op.drop_index('ix_files_key', table_name='files')
