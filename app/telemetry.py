@@ -67,6 +67,10 @@ TASK_SECONDS = Metric(
 TASK_FAILURES = Metric(
     "loragate_task_failures", "counter", "Runs of a background task that failed.", ("task",)
 )
+JOBS = Metric("loragate_jobs", "gauge", "Jobs that have not ended.", ("trainer", "status"))
+JOB_WAIT_SECONDS = Metric(
+    "loragate_job_wait_seconds", "gauge", "Age of the oldest job that waits.", ("trainer",)
+)
 METRICS = (
     REQUESTS,
     REQUEST_SECONDS,
@@ -85,6 +89,8 @@ METRICS = (
     SNAPSHOT_VERSIONS,
     TASK_SECONDS,
     TASK_FAILURES,
+    JOBS,
+    JOB_WAIT_SECONDS,
 )
 
 
@@ -113,6 +119,14 @@ class Event(StrEnum):
     KEY_REVOKED = "key.revoked"
     TASK_FAILED = "task.failed"
     STORE_SWEPT = "store.swept"
+    JOB_CLAIMED = "job.claimed"
+    JOB_FINISHED = "job.finished"
+    JOB_GIVEN_BACK = "job.given_back"
+    JOB_LEASE_LOST = "job.lease_lost"
+    JOB_CRASHED = "job.crashed"
+    JOB_UNRECORDED = "job.unrecorded"
+    JOB_EXPIRED = "job.expired"
+    JOBS_UNAVAILABLE = "jobs.unavailable"
     WORKER_STARTED = "worker.started"
     WORKER_EXITED = "worker.exited"
     WORKER_READY = "worker.ready"

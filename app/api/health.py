@@ -136,6 +136,8 @@ def count(rooms: Rooms) -> dict[telemetry.Metric, Samples]:
     """Copy the integers of every declared family. On the event loop, where they are changed."""
     meter, snapshot, live = rooms.meter, rooms.snapshots.current, rooms.fleet.live()
     tasks = rooms.driver.statuses()
+    expire = rooms.expire_jobs
+    depth, waits = (expire.depth, expire.waits()) if expire else ((), {})
     versions = sum(len(adapter.versions) for adapter in snapshot.adapters.values())
     return {
         telemetry.REQUESTS: [((path, str(s)), (n,)) for (path, s), n in meter.requests.items()],
@@ -166,6 +168,8 @@ def count(rooms: Rooms) -> dict[telemetry.Metric, Samples]:
         telemetry.SNAPSHOT_VERSIONS: [((), (versions,))],
         telemetry.TASK_SECONDS: [((t.name,), (t.last_duration_s or 0.0,)) for t in tasks],
         telemetry.TASK_FAILURES: [((t.name,), (t.failures,)) for t in tasks],
+        telemetry.JOBS: [((d.trainer or "", d.status.value), (d.jobs,)) for d in depth],
+        telemetry.JOB_WAIT_SECONDS: [((trainer,), (s,)) for trainer, s in waits.items()],
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from app.clock import Clock
 from app.control.driver import Activator, Driver
+from app.control.tasks.expire_jobs import ExpireJobs
 from app.db.blobs import AdapterStore
 from app.db.engine import Database
 from app.serving.fleet import Fleet
@@ -30,3 +31,4 @@ class Rooms:
     driver: Driver
     publish: Activator
     reap: Activator
+    expire_jobs: ExpireJobs | None = None

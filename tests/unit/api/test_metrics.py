@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app import telemetry
 from app.api.health import Families, count
-from app.domain import ReplicaState
+from app.domain import JobStatus, ReplicaState
+from app.jobs.queue import Depth
 from app.serving.meter import Meter
 from app.serving.snapshot import Snapshot
 
@@ -33,6 +35,13 @@ def rooms(meter: Meter) -> Any:
             pools={"llama": SimpleNamespace(waiting=4)},
         ),
         driver=SimpleNamespace(statuses=lambda: [task]),
+        expire_jobs=SimpleNamespace(
+            depth=[
+                Depth("gpu", JobStatus.QUEUED, 6, datetime(2030, 1, 1, tzinfo=UTC)),
+                Depth(None, JobStatus.RUNNING, 1, datetime(2030, 1, 1, tzinfo=UTC)),
+            ],
+            waits=lambda: {"gpu": 12.5},
+        ),
     )
 
 
@@ -78,3 +87,6 @@ def test_values_and_labels() -> None:
     assert found["loragate_snapshot_versions",] == 2
     assert found["loragate_task_last_duration_seconds", "publish"] == 0.25
     assert found["loragate_task_failures_total", "publish"] == 2
+    assert found["loragate_jobs", *sorted(["gpu", "queued"])] == 6
+    assert found["loragate_jobs", "", "running"] == 1
+    assert found["loragate_job_wait_seconds", "gpu"] == 12.5
