@@ -258,7 +258,7 @@ class JobRow(Row):
         Index("ix_jobs_status", "status", "key_id", "number"),
         Index("ix_jobs_key", "key_id", "number"),
         Index("ix_jobs_claims", "trainer", "claim_number"),
-        Index("ix_jobs_key_claims", "trainer", "key_id", "claim_number"),
+        Index("ix_jobs_turns", "trainer", "priority", "key_id", "claim_number"),
     )
 
     number: Mapped[int] = mapped_column(Id, primary_key=True)

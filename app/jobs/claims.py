@@ -3,8 +3,8 @@
 What comes in: which trainers have room for how many. What goes out: a job with its lease, or none.
 
 The order, for each trainer: the highest priority; then the key that the trainer served longest
-ago, so that a key with a thousand jobs does not keep the others waiting; then the order of
-submission. A job waits while another one runs under its lock.
+ago at this priority, so that a key with a thousand jobs does not keep the others waiting; then the
+order of submission. A job waits while another one runs under its lock.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def on_trainer(row: type[JobRow], trainer: str | None) -> ColumnElement[bool]:
     return row.trainer.is_(None) if trainer is None else row.trainer == trainer
 
 
-def last_served(trainer: str | None, key_id: Any) -> ColumnElement[int]:
-    """The trainer's count of claims when it last served this key; 0 if never."""
+def last_served(trainer: str | None, priority: Any, key_id: Any) -> ColumnElement[int]:
+    """The trainer's count of claims when it last served this key, at this priority; 0 if never."""
     served = aliased(JobRow)
     newest = select(func.max(served.claim_number)).where(
-        on_trainer(served, trainer), served.key_id == key_id
+        on_trainer(served, trainer), served.priority == priority, served.key_id == key_id
     )
     return func.coalesce(newest.scalar_subquery(), 0)
 
@@ -120,12 +120,12 @@ def _next(trainer: str | None, kinds: Collection[JobKind]) -> ScalarSelect[int]:
         .limit(1)
     )
     heads = (
-        select(waiting.key_id, func.min(waiting.number).label("number"))
+        select(waiting.key_id, waiting.priority, func.min(waiting.number).label("number"))
         .where(*_claimable(waiting, trainer, kinds), waiting.priority == top.scalar_subquery())
-        .group_by(waiting.key_id)
+        .group_by(waiting.key_id, waiting.priority)
         .subquery()
     )
-    served = last_served(trainer, heads.c.key_id)
+    served = last_served(trainer, heads.c.priority, heads.c.key_id)
     return select(heads.c.number).order_by(served, heads.c.number).limit(1).scalar_subquery()
 
 

@@ -141,7 +141,12 @@ async def position(session: AsyncSession, job: Job) -> int | None:
         .subquery()
     )
     turns = await session.execute(
-        select(keys.c.key_id, keys.c.jobs, keys.c.head, last_served(job.trainer, keys.c.key_id))
+        select(
+            keys.c.key_id,
+            keys.c.jobs,
+            keys.c.head,
+            last_served(job.trainer, job.priority, keys.c.key_id),
+        )
     )
     lines: dict[str, tuple[int, tuple[int, int]]] = {
         key_id: (jobs, (served, head)) for key_id, jobs, head, served in turns
@@ -183,7 +188,7 @@ async def estimate(session: AsyncSession, clock: Clock, job: Job, *, capacity: i
     )
     took = [
         (finished_at - started_at).total_seconds()
-        for started_at, finished_at in (await session.execute(last)).tuples()
+        for started_at, finished_at in await session.execute(last)
         if started_at and finished_at
     ]
     if not took:
