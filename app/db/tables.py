@@ -230,16 +230,17 @@ class UsageRow(Row):
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
 
 
-#: Which rows are in the partial indexes of `jobs`. Literals: they are part of the schema.
-_RUNNING, _QUEUED = text("status = 'running'"), text("status = 'queued'")
+#: The status in which a job holds its lock. A literal: the index below is part of the schema.
+_RUNNING = text("status = 'running'")
 
 
 class JobRow(Row):
     """Durable work. Whoever runs it holds the lease: `lease_token`, until `lease_expires_at`.
 
     `ix_jobs_lock` lets one running job hold a lock, whatever the code that claims does wrong.
-    `claim_number` is the count of its trainer's claims at its last one: the key that was served
-    longest ago goes first. A job that was given back is not claimed again before `not_before`.
+    `claim_number` is the count of its trainer's claims at its last one: at each priority, the key
+    that was served longest ago goes first. A job that was given back is not claimed again before
+    `not_before`.
     """
 
     __tablename__ = "jobs"
@@ -250,12 +251,9 @@ class JobRow(Row):
         ),
         # Whatever a claim asks of a waiting job, so that it reads no row but the one it takes.
         Index(
-            "ix_jobs_queued",
-            *("trainer", "priority", "key_id", "number", "kind", "lock", "not_before"),
-            sqlite_where=_QUEUED,
-            postgresql_where=_QUEUED,
+            "ix_jobs_status",
+            *("status", "trainer", "priority", "key_id", "number", "kind", "lock", "not_before"),
         ),
-        Index("ix_jobs_status", "status", "key_id", "number"),
         Index("ix_jobs_key", "key_id", "number"),
         Index("ix_jobs_claims", "trainer", "claim_number"),
         Index("ix_jobs_turns", "trainer", "priority", "key_id", "claim_number"),

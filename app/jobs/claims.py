@@ -79,16 +79,11 @@ async def _take(
     token: str,
     lease_s: float,
 ) -> JobRow | None:
-    running, counted = aliased(JobRow), aliased(JobRow)
-    runs = select(func.count()).where(has(JobStatus.RUNNING, running), on_trainer(running, trainer))
+    counted = aliased(JobRow)
     claims = select(func.max(counted.claim_number)).where(on_trainer(counted, trainer))
     statement = (
         update(JobRow)
-        .where(
-            JobRow.number == _next(trainer, kinds),
-            has(JobStatus.QUEUED),
-            runs.scalar_subquery() < capacity,
-        )
+        .where(JobRow.number == _next(trainer, capacity, kinds), has(JobStatus.QUEUED))
         .values(
             status=JobStatus.RUNNING.value,
             attempts=JobRow.attempts + 1,
@@ -110,9 +105,10 @@ async def _take(
         return None
 
 
-def _next(trainer: str | None, kinds: Collection[JobKind]) -> ScalarSelect[int]:
+def _next(trainer: str | None, capacity: int, kinds: Collection[JobKind]) -> ScalarSelect[int]:
     # First one job a key, and only then when each key was served: a key may have thousands.
-    first, waiting = aliased(JobRow), aliased(JobRow)
+    first, waiting, running = aliased(JobRow), aliased(JobRow), aliased(JobRow)
+    runs = select(func.count()).where(has(JobStatus.RUNNING, running), on_trainer(running, trainer))
     top = (
         select(first.priority)
         .where(*_claimable(first, trainer, kinds))
@@ -126,7 +122,13 @@ def _next(trainer: str | None, kinds: Collection[JobKind]) -> ScalarSelect[int]:
         .subquery()
     )
     served = last_served(trainer, heads.c.priority, heads.c.key_id)
-    return select(heads.c.number).order_by(served, heads.c.number).limit(1).scalar_subquery()
+    return (
+        select(heads.c.number)
+        .where(runs.scalar_subquery() < capacity)
+        .order_by(served, heads.c.number)
+        .limit(1)
+        .scalar_subquery()
+    )
 
 
 def _claimable(

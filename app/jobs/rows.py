@@ -61,7 +61,7 @@ def lease_of(job: Job) -> Lease:
 
 
 def has(status: JobStatus, row: type[JobRow] = JobRow) -> ColumnElement[bool]:
-    """Whether a job is in `status`: written out, as a partial index is not used for a parameter."""
+    """Whether a job is in `status`: written out, as few statuses are as rare as a plan hopes."""
     return row.status == literal(status.value, literal_execute=True)
 
 

@@ -65,8 +65,7 @@ def upgrade() -> None:
     op.create_index('ix_jobs_claims', 'jobs', ['trainer', 'claim_number'], unique=False)
     op.create_index('ix_jobs_key', 'jobs', ['key_id', 'number'], unique=False)
     op.create_index('ix_jobs_lock', 'jobs', ['lock'], unique=True, sqlite_where=sa.text("status = 'running'"), postgresql_where=sa.text("status = 'running'"))
-    op.create_index('ix_jobs_queued', 'jobs', ['trainer', 'priority', 'key_id', 'number', 'kind', 'lock', 'not_before'], unique=False, sqlite_where=sa.text("status = 'queued'"), postgresql_where=sa.text("status = 'queued'"))
-    op.create_index('ix_jobs_status', 'jobs', ['status', 'key_id', 'number'], unique=False)
+    op.create_index('ix_jobs_status', 'jobs', ['status', 'trainer', 'priority', 'key_id', 'number', 'kind', 'lock', 'not_before'], unique=False)
     op.create_index('ix_jobs_turns', 'jobs', ['trainer', 'priority', 'key_id', 'claim_number'], unique=False)
 
     op.create_table('training_runs',
@@ -142,7 +141,6 @@ def downgrade() -> None:
     op.drop_table('training_runs')
     op.drop_index('ix_jobs_turns', table_name='jobs')
     op.drop_index('ix_jobs_status', table_name='jobs')
-    op.drop_index('ix_jobs_queued', table_name='jobs', sqlite_where=sa.text("status = 'queued'"), postgresql_where=sa.text("status = 'queued'"))
     op.drop_index('ix_jobs_lock', table_name='jobs', sqlite_where=sa.text("status = 'running'"), postgresql_where=sa.text("status = 'running'"))
     op.drop_index('ix_jobs_key', table_name='jobs')
     op.drop_index('ix_jobs_claims', table_name='jobs')
