@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from app.domain import LoraSpec, Probe
-from app.errors import TrainingFailed
+from app.errors import RequestError
 from app.ops import Loss, OptimStep
 
 
@@ -81,11 +81,12 @@ class Trainer(Protocol):
     def drop(self, run: str) -> None:
         """Forget a run and free what it held; one that is not there is fine."""
 
-    def forward_backward(self, passes: Sequence[Pass]) -> list[PassResult | TrainingFailed]:
+    def forward_backward(self, passes: Sequence[Pass]) -> list[PassResult | RequestError]:
         """Passes of different runs, together where the engine can; in the order given.
 
-        One that fails (a loss that is not finite, no memory even alone) leaves its run's gradient
-        as it was before, and harms no other.
+        One that fails (TrainingFailed: a loss that is not finite, no memory even alone;
+        InvalidRequest: data or config that its loss cannot take) leaves its run's gradient as it
+        was before, and harms no other.
         """
 
     def optim_step(self, run: str, step: OptimStep) -> Mapping[str, float]:
