@@ -19,7 +19,7 @@ MAX_WAIT_S = 30.0
 Loss = Literal["cross_entropy", "dpo", "importance_sampling", "ppo", "cispo"]
 
 
-class Tensor(msgspec.Struct, frozen=True):
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Numbers, row-major and little-endian: `dtype` is `int32` or `float32`."""
 
     dtype: Literal["int32", "float32"]
@@ -27,7 +27,7 @@ class Tensor(msgspec.Struct, frozen=True):
     data: bytes
 
 
-class Datum(msgspec.Struct, frozen=True, omit_defaults=True):
+class Datum(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """One sequence of length n: `tokens[i]` predicts `targets[i]`, so the sender has shifted them.
 
     `weights` (n) are for `cross_entropy` and `dpo`; `logprobs` and `advantages` (n) for the
@@ -41,7 +41,11 @@ class Datum(msgspec.Struct, frozen=True, omit_defaults=True):
     advantages: Tensor | None = None
 
 
-class ForwardBackward(msgspec.Struct, frozen=True, tag_field="op", tag="forward_backward"):
+class _Op(msgspec.Struct, frozen=True, tag_field="op", forbid_unknown_fields=True):
+    """What requests have in common: a field that nobody reads is refused."""
+
+
+class ForwardBackward(_Op, frozen=True, tag="forward_backward"):
     """Add the gradient of a loss, which is a sum over tokens and never a mean.
 
     `forward_only` computes the same and keeps no gradient. `outputs` asks for each datum's
@@ -55,7 +59,7 @@ class ForwardBackward(msgspec.Struct, frozen=True, tag_field="op", tag="forward_
     outputs: bool = False
 
 
-class OptimStep(msgspec.Struct, frozen=True, tag_field="op", tag="optim_step"):
+class OptimStep(_Op, frozen=True, tag="optim_step"):
     """AdamW with decoupled weight decay on the gradient so far, which it clears.
 
     `grad_clip_norm` 0 clips nothing.
@@ -69,25 +73,25 @@ class OptimStep(msgspec.Struct, frozen=True, tag_field="op", tag="optim_step"):
     grad_clip_norm: float = 0.0
 
 
-class SaveState(msgspec.Struct, frozen=True, tag_field="op", tag="save_state"):
+class SaveState(_Op, frozen=True, tag="save_state"):
     """Write weights, optimizer and the results nobody has acknowledged: what a restart needs."""
 
 
-class LoadState(msgspec.Struct, frozen=True, tag_field="op", tag="load_state"):
+class LoadState(_Op, frozen=True, tag="load_state"):
     """Continue from a state of this or another run; `optimizer` false takes the weights only."""
 
     run: str
     optimizer: bool = True
 
 
-class SaveForSampling(msgspec.Struct, frozen=True, tag_field="op", tag="save_for_sampling"):
+class SaveForSampling(_Op, frozen=True, tag="save_for_sampling"):
     """Write a PEFT folder called `name`, and compute a probe on `probe_tokens` if there are any."""
 
     name: str
     probe_tokens: list[list[int]] = []
 
 
-class Sample(msgspec.Struct, frozen=True, tag_field="op", tag="sample"):
+class Sample(_Op, frozen=True, tag="sample"):
     """Generate with the run's weights as they are at this op."""
 
     prompts: list[list[int]]
@@ -103,7 +107,7 @@ class Sample(msgspec.Struct, frozen=True, tag_field="op", tag="sample"):
 Op = ForwardBackward | OptimStep | SaveState | LoadState | SaveForSampling | Sample
 
 
-class Submit(msgspec.Struct, frozen=True):
+class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Body of `PUT /runs/{run}/ops/{seq}`.
 
     `fence` is the attempt of whoever sends it; the results up to `acked` are safe elsewhere.
@@ -167,7 +171,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     failure: Failure | None = None
 
 
-class Lora(msgspec.Struct, frozen=True):
+class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `domain.LoraSpec` holds."""
 
     rank: int
@@ -176,7 +180,7 @@ class Lora(msgspec.Struct, frozen=True):
     seed: int
 
 
-class OpenRun(msgspec.Struct, frozen=True):
+class OpenRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Body of `PUT /runs/{run}`: make the run, or take it up where it is."""
 
     base_model: str
@@ -218,14 +222,14 @@ class TrainerInfo(msgspec.Struct, frozen=True):
     runs: list[RunSummary]
 
 
-class Message(msgspec.Struct, frozen=True):
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A conversation to be rendered: messages as JSON text, so that any template field passes."""
 
     messages: bytes
     tools: bytes | None = None
 
 
-class RenderRequest(msgspec.Struct, frozen=True):
+class RenderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Body of `POST /render`. `complete` renders for training: a weight for each token, 1 on what
     the assistant says (as its messages' own `weight` allows). Without it a generation prompt is
     added.
