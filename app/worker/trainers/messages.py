@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from app.errors import InvalidRequest, LoragateError, TrainingFailed
+from app.errors import InvalidRequest, LoragateError, RequestError
 from app.ops import Datum, ForwardBackward, Result, Tensor
 from app.worker.trainers.base import Example, Pass, PassResult, Trainer
 
@@ -122,8 +122,8 @@ def _unpacked(where: str, given: Tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray(given.data), dtype=_DTYPES[given.dtype])
 
 
-def _result(op: ForwardBackward, answer: PassResult | TrainingFailed) -> Result | LoragateError:
-    if isinstance(answer, TrainingFailed):
+def _result(op: ForwardBackward, answer: PassResult | RequestError) -> Result | LoragateError:
+    if isinstance(answer, RequestError):
         return answer
     outputs = [tensor(each) for each in answer.logprobs] if op.outputs else []
     return Result(metrics=dict(answer.metrics), outputs=outputs)
