@@ -37,6 +37,13 @@ class ReplicaState(StrEnum):
     DRAINING = "draining"
 
 
+class Dialect(StrEnum):
+    """What a pool's servers speak: vLLM's API, or one of those of Megatron's own servers."""
+
+    VLLM = "vllm"
+    MEGATRON = "megatron"
+
+
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """The weights a pool serves. `config` is its Hugging Face config.json, or None if unknown.
@@ -68,6 +75,7 @@ class Pool:
     max_cpu_loras: int | None = None
     max_inflight: int = 256
     max_queue: int = 1024
+    dialect: Dialect = Dialect.VLLM
 
     @property
     def cpu_slots(self) -> int:
@@ -79,7 +87,8 @@ class Pool:
 class Replica:
     """One server of a pool, as the registry knows it. Live counters are in `serving.fleet`.
 
-    `url` is its base URL without a path. `api_key` is sent upstream as a bearer token.
+    `url` is its base URL without a path; `dialect` is its pool's. `api_key` is sent upstream as a
+    bearer token.
     """
 
     id: str
@@ -88,6 +97,7 @@ class Replica:
     cordoned: bool = False
     draining: bool = False
     api_key: str | None = field(default=None, repr=False)
+    dialect: Dialect = Dialect.VLLM
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,12 @@ from typing import TypedDict
 from fastapi import FastAPI
 
 from app.api.rooms import Rooms
+from app.backends.base import Backend
+from app.backends.megatron import MegatronBackend
 from app.backends.vllm import VllmBackend
 from app.backends.wire import Limits
 from app.clock import SystemClock
-from app.control import embedded
+from app.control import backends, embedded
 from app.control.declared import sync_declared
 from app.control.driver import Driver
 from app.control.probes import probe_of
@@ -28,7 +30,7 @@ from app.control.tasks.reap import Reap
 from app.control.tasks.sweep import Sweep
 from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url
-from app.domain import AdapterVersion, Probe, Replica
+from app.domain import AdapterVersion, Dialect, Probe, Replica
 from app.serving.batches import Batches
 from app.serving.coalesce import Coalescer
 from app.serving.fleet import Fleet
@@ -36,7 +38,7 @@ from app.serving.forward import Forwarder
 from app.serving.meter import Meter
 from app.serving.request_path import RequestPath
 from app.serving.snapshot import Snapshots
-from app.settings import Settings
+from app.settings import BackendSettings, Settings
 from app.telemetry import Event, log
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,15 @@ def lifespan(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextMana
 
 
 async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
+    combination = backends.combine(BackendSettings(), settings)
     clock = SystemClock()
     db = Database(database_url(settings))
     stack.push_async_callback(db.close)
     await db.prepare()
+    async with db.read() as session:
+        combination = await backends.in_registry(session, combination)
+    declared = {"pools": combination.pools, "trainers": combination.trainers}
+    settings = settings.model_copy(update=declared)
     store = AdapterStore(settings.store_path, clock)
 
     snapshots = Snapshots()
@@ -119,7 +126,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         worker = embedded.EmbeddedWorker(settings, clock)
         first = await embedded.declare_pool(worker, db, clock)
     else:
-        await embedded.retire(db)
+        await embedded.retire(db, settings)
     await publish.activate()
     with suppress(TimeoutError):  # a replica that hangs must not hold up the others' gateway
         async with asyncio.timeout(_FIRST_PROBE_S):
@@ -142,7 +149,7 @@ async def _find_probe(db: Database, version: AdapterVersion) -> Probe | None:
         return await probe_of(session, version.adapter, version.number)
 
 
-def _connect(settings: Settings) -> Callable[[Replica], VllmBackend]:
+def _connect(settings: Settings) -> Callable[[Replica], Backend]:
     limits = Limits(
         connections=settings.max_connections_per_replica,
         connect_s=settings.connect_timeout_s,
@@ -150,8 +157,13 @@ def _connect(settings: Settings) -> Callable[[Replica], VllmBackend]:
         idle_s=settings.idle_timeout_s,
     )
 
-    def connect(replica: Replica) -> VllmBackend:
-        return VllmBackend(
+    drivers: dict[Dialect, Callable[..., Backend]] = {
+        Dialect.VLLM: VllmBackend,
+        Dialect.MEGATRON: MegatronBackend,
+    }
+
+    def connect(replica: Replica) -> Backend:
+        return drivers[replica.dialect](
             replica.url, api_key=replica.api_key, limits=limits, load_s=settings.load_timeout_s
         )
 

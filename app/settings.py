@@ -1,7 +1,8 @@
 """The only reader of the environment.
 
-What comes in: `LORAGATE_*` variables. What goes out: one frozen `Settings`. Every field is a
-documented setting; `docs/settings.md` lists them and a test keeps it true.
+What comes in: `LORAGATE_*` variables, and a few without the prefix that say which backends to use.
+What goes out: one frozen `Settings`, and `BackendSettings`. Every field is a documented setting;
+`docs/settings.md` lists them and a test keeps it true.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ class PoolSettings(BaseModel):
     store_mount: str | None = Field(
         None, description="Where the replicas see the adapter store, if not at the same path."
     )
-    replicas: tuple[str, ...] = Field((), description="Base URLs of the pool's vLLM servers.")
+    dialect: Literal["vllm", "megatron"] = Field(
+        "vllm",
+        description="What the replicas speak; `megatron` for one of Megatron's own servers, which "
+        "serve the base and no adapter.",
+    )
+    replicas: tuple[str, ...] = Field((), description="Base URLs of the pool's servers.")
     api_key: SecretStr | None = Field(None, description="The replicas' --api-key.")
 
 
@@ -245,6 +251,40 @@ def child_environment(settings: Settings) -> dict[str, str]:
         "LORAGATE_LOG_LEVEL": settings.log_level,
         "LORAGATE_LOG_FORMAT": settings.log_format,
     }
+
+
+class BackendSettings(BaseSettings):
+    """What trains and what samples, in the variables that Tink's users know: docs/backends.md."""
+
+    model_config = SettingsConfigDict(env_prefix="", env_file=None, frozen=True, extra="ignore")
+
+    use_megatron: bool = Field(False, description="Train with Megatron, at `MEGATRON_SERVER_URL`.")
+    use_vllm: bool = Field(False, description="Sample from a vLLM server, at `VLLM_BASE_URL`.")
+    max_workers: int | None = Field(
+        None, ge=1, description="Jobs that Hugging Face trains at once; 8 when left out."
+    )
+    megatron_server_url: str = Field(
+        "http://localhost:5000",
+        description="The Megatron worker, which trains, and samples too without `USE_VLLM`.",
+    )
+    vllm_base_url: str | None = Field(
+        None, description="The vLLM server; `VLLM_HOST` and `VLLM_PORT` when left out."
+    )
+    vllm_host: str = Field("0.0.0.0", description="Host of the vLLM server.")
+    vllm_port: int = Field(8000, ge=1, le=65535, description="Port of the vLLM server.")
+    vllm_model: str | None = Field(
+        None, description="The base model that is served; the worker's when left out."
+    )
+    vllm_enable_lora: bool = Field(True, description="Whether vLLM serves adapters.")
+    vllm_max_loras: int = Field(4, ge=1, description="vLLM's --max-loras.")
+    vllm_max_lora_rank: int = Field(64, ge=1, description="vLLM's --max-lora-rank.")
+    vllm_gpu_memory_util: float = Field(
+        0.2, gt=0, le=1, description="vLLM's --gpu-memory-utilization, a fraction."
+    )
+    vllm_tensor_parallel_size: int = Field(1, ge=1, description="vLLM's --tensor-parallel-size.")
+    vllm_dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = Field(
+        "auto", description="vLLM's --dtype."
+    )
 
 
 class ClientSettings(BaseSettings):

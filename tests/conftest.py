@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import settings
 
+from app.settings import BackendSettings
 from tests.databases import db, db_url, new_database, postgres, sqlite_template
 from tests.servers import fake_server, sim_server, vllm_server, worker_server
 
@@ -43,7 +44,8 @@ STARTS_VLLM_S = 600
 def pytest_configure(config: pytest.Config) -> None:
     """Let no setting, hub or proxy of the developer's shell reach a test or its subprocesses."""
     for name in list(os.environ):
-        if name.startswith("LORAGATE_") and not name.startswith("LORAGATE_TEST_"):
+        ours = name.startswith("LORAGATE_") and not name.startswith("LORAGATE_TEST_")
+        if ours or name.lower() in BackendSettings.model_fields:
             del os.environ[name]
     os.environ |= {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost,::1"}
 

@@ -13,9 +13,10 @@ import typer
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from app.cli import adapters, jobs, keys, pools, probes, programs, settings, status
+from app.cli import adapters, backends, jobs, keys, pools, probes, programs, settings, status
 from app.cli.terminal import fail
 from app.errors import LoragateError
+from app.settings import BackendSettings
 
 app = typer.Typer(
     help="An OpenAI-compatible gateway for LoRA adapters on vLLM pools.",
@@ -27,6 +28,7 @@ app.command("serve")(programs.serve)
 app.command("worker")(programs.worker)
 app.command("migrate")(programs.migrate)
 app.command("settings")(settings.show)
+app.command("backends")(backends.show)
 probes.install(adapters.app)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(pools.app, name="pools")
@@ -44,8 +46,9 @@ def main() -> None:
         fail(str(exc))
     except ValidationError as exc:
         fault = exc.errors()[0]
+        prefix = "" if exc.title == BackendSettings.__name__ else "LORAGATE_"
         name = "_".join(str(part) for part in fault["loc"][:1]).upper()
-        fail(f"the setting LORAGATE_{name} is wrong: {fault['msg']}")
+        fail(f"the setting {prefix}{name} is wrong: {fault['msg']}")
     except SettingsError as exc:
         _, name, *_ = str(exc).split('"')
         fail(f"the setting LORAGATE_{name.upper()} is wrong: it is not JSON")

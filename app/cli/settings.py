@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.cli.terminal import stdout
-from app.settings import ClientSettings, PoolSettings, Settings
+from app.settings import BackendSettings, ClientSettings, PoolSettings, Settings
 
 _INTRO = """\
 # Settings
@@ -27,11 +27,19 @@ is `loragate settings --markdown`.
 """
 
 _PASSWORD = re.compile(r"://([^:/@]*):[^@]*@")
-_SECTIONS: tuple[tuple[type[BaseModel], str, str, str], ...] = (
+#: (what is described, what its variables begin with, title, introduction); None: not variables.
+_SECTIONS: tuple[tuple[type[BaseModel], str | None, str, str], ...] = (
     (Settings, "LORAGATE_", "The gateway and the worker", ""),
     (
-        PoolSettings,
+        BackendSettings,
         "",
+        "Backends",
+        "These have no prefix: they are what Tink's users know. [Backends](backends.md) says how\n"
+        "they go together.\n",
+    ),
+    (
+        PoolSettings,
+        None,
         "A pool in `LORAGATE_POOLS`",
         "The variable is a JSON list of objects with these fields:\n\n```sh\n"
         'LORAGATE_POOLS=\'[{"name": "llama", "base_model": "meta-llama/Llama-3.1-8B", '
@@ -51,13 +59,14 @@ def show(
         stdout.file.write(reference())
         return
     table = Table("variable", "now", "meaning", box=None)
-    for settings in (Settings(), ClientSettings()):
+    for settings in (Settings(), BackendSettings(), ClientSettings()):
+        prefix = str(settings.model_config["env_prefix"])
         for name, field in type(settings).model_fields.items():
             now = getattr(settings, name)
             shown = Text(_PASSWORD.sub("://\\1:***@", _plain(now)))
             if now == field.default:
                 shown.stylize("dim")
-            table.add_row(f"LORAGATE_{name.upper()}", shown, Text(field.description or ""))
+            table.add_row(f"{prefix}{name.upper()}", shown, Text(field.description or ""))
     stdout.print(table)
 
 
@@ -66,7 +75,7 @@ def reference() -> str:
     return "\n".join([_INTRO, *(_section(*section) for section in _SECTIONS)])
 
 
-def _section(model: type[BaseModel], prefix: str, title: str, intro: str) -> str:
+def _section(model: type[BaseModel], prefix: str | None, title: str, intro: str) -> str:
     lines = [
         f"## {title}\n",
         *([intro] if intro else []),
@@ -77,9 +86,9 @@ def _section(model: type[BaseModel], prefix: str, title: str, intro: str) -> str
     return "\n".join(lines) + "\n"
 
 
-def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _rows(model: type[BaseModel], prefix: str | None) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        variable = f"{prefix}{name.upper()}" if prefix else name
+        variable = name if prefix is None else f"{prefix}{name.upper()}"
         default = "required" if field.is_required() else _default(field)
         yield f"| `{variable}` | {default} | {field.description} |"
 

@@ -69,6 +69,7 @@ async def _declare_pool(session: AsyncSession, clock: Clock, wanted: PoolSetting
         "max_cpu_loras": wanted.max_cpu_loras,
         "max_inflight": wanted.max_inflight,
         "max_queue": wanted.max_queue,
+        "dialect": wanted.dialect,
     }
     row = await session.get(PoolRow, wanted.name)
     if row is None:

@@ -144,8 +144,13 @@ async def declare_pool(worker: EmbeddedWorker, db: Database, clock: Clock) -> bo
     return first
 
 
-async def retire(db: Database) -> None:
-    """Forget the worker of an earlier start: its address may be anybody's by now."""
+async def retire(db: Database, settings: Settings) -> None:
+    """Forget the worker of an earlier start: its address may be anybody's by now.
+
+    A pool of this name in the settings has taken the base over, and other replicas.
+    """
+    if any(pool.name == POOL for pool in settings.pools):
+        return
     async with db.begin() as session:
         if any(view.pool.name == POOL for view in await pools.list_(session)):
             for view in await pools.list_replicas(session, POOL):

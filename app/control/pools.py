@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.clock import Clock
 from app.db.engine import touch
 from app.db.tables import AdapterRow, BaseModelRow, PoolRow, ReplicaRow
-from app.domain import ADAPTER_NAME, ADAPTER_NAME_MAX, BaseModel, Pool, Replica
+from app.domain import ADAPTER_NAME, ADAPTER_NAME_MAX, BaseModel, Dialect, Pool, Replica
 from app.errors import Conflict, InvalidRequest, NotFound
 
 BASE_NAME_MAX = 256
@@ -84,6 +84,7 @@ async def create(
     max_cpu_loras: int | None = None,
     max_inflight: int = 256,
     max_queue: int = 1024,
+    dialect: str = Dialect.VLLM,
     declared: bool = False,
 ) -> PoolView:
     """Add a pool for `base`. A base has one pool, so Conflict when it has one already."""
@@ -111,6 +112,7 @@ async def create(
         max_cpu_loras=_checked_cpu_loras(max_cpu_loras),
         max_inflight=_within("max_inflight", max_inflight, MAX_INFLIGHT),
         max_queue=_within("max_queue", max_queue, MAX_QUEUE, least=0),
+        dialect=_checked_dialect(dialect),
         declared=declared,
         created_at=clock.now(),
     )
@@ -134,6 +136,7 @@ async def update(session: AsyncSession, name: str, **changes: Any) -> PoolView:
         "max_cpu_loras": _checked_cpu_loras,
         "max_inflight": lambda value: _within("max_inflight", value, MAX_INFLIGHT),
         "max_queue": lambda value: _within("max_queue", value, MAX_QUEUE, least=0),
+        "dialect": _checked_dialect,
     }
     for field, value in changes.items():
         if field not in checks:
@@ -181,7 +184,7 @@ async def add_replica(
     declared: bool = False,
 ) -> ReplicaView:
     """Add a server to a pool by its base URL. Its id follows from pool and URL."""
-    await _get(session, pool)
+    owner = await _get(session, pool)
     url = checked_url(url)
     if await session.get(ReplicaRow, replica_id(pool, url)) is not None:
         raise Conflict(f"Pool {pool!r} has the replica {url}.", param="url")
@@ -197,7 +200,7 @@ async def add_replica(
     )
     session.add(row)
     await touch(session)
-    return _replica_view(row)
+    return _replica_view(row, owner)
 
 
 async def update_replica(
@@ -212,7 +215,7 @@ async def update_replica(
     row.cordoned = row.cordoned if cordoned is None else cordoned
     row.draining = row.draining if draining is None else draining
     await touch(session)
-    return _replica_view(row)
+    return _replica_view(row, await _get(session, row.pool))
 
 
 async def remove_replica(session: AsyncSession, replica_id: str, *, force: bool = False) -> None:
@@ -226,16 +229,21 @@ async def remove_replica(session: AsyncSession, replica_id: str, *, force: bool 
 
 async def show_replica(session: AsyncSession, replica_id: str) -> ReplicaView:
     """One replica, or NotFound."""
-    return _replica_view(await _get_replica(session, replica_id))
+    row = await _get_replica(session, replica_id)
+    return _replica_view(row, await _get(session, row.pool))
 
 
 async def list_replicas(session: AsyncSession, pool: str | None = None) -> list[ReplicaView]:
     """Every replica, or those of one pool, by id."""
-    query = select(ReplicaRow).order_by(ReplicaRow.id)
+    query = (
+        select(ReplicaRow, PoolRow)
+        .join(PoolRow, PoolRow.name == ReplicaRow.pool)
+        .order_by(ReplicaRow.id)
+    )
     if pool is not None:
         await _get(session, pool)
         query = query.where(ReplicaRow.pool == pool)
-    return [_replica_view(row) for row in await session.scalars(query)]
+    return [_replica_view(row, owner) for row, owner in await session.execute(query)]
 
 
 def replica_id(pool: str, url: str) -> str:
@@ -270,6 +278,7 @@ def pool_of(row: PoolRow) -> Pool:
         max_cpu_loras=row.max_cpu_loras,
         max_inflight=row.max_inflight,
         max_queue=row.max_queue,
+        dialect=Dialect(row.dialect),
     )
 
 
@@ -277,7 +286,7 @@ def base_of(row: BaseModelRow) -> BaseModel:
     return BaseModel(row.name, row.config, tuple(row.aliases))
 
 
-def replica_of(row: ReplicaRow) -> Replica:
+def replica_of(row: ReplicaRow, dialect: Dialect) -> Replica:
     return Replica(
         id=row.id,
         pool=row.pool,
@@ -285,6 +294,7 @@ def replica_of(row: ReplicaRow) -> Replica:
         cordoned=row.cordoned,
         draining=row.draining,
         api_key=row.api_key,
+        dialect=dialect,
     )
 
 
@@ -310,14 +320,14 @@ async def _view(session: AsyncSession, row: PoolRow) -> PoolView:
     return PoolView(
         pool=pool_of(row),
         base=base_of(base),
-        replicas=tuple(map(_replica_view, replicas)),
+        replicas=tuple(_replica_view(replica, row) for replica in replicas),
         declared=row.declared,
         created_at=row.created_at,
     )
 
 
-def _replica_view(row: ReplicaRow) -> ReplicaView:
-    return ReplicaView(replica_of(row), row.declared, row.created_at)
+def _replica_view(row: ReplicaRow, pool: PoolRow) -> ReplicaView:
+    return ReplicaView(replica_of(row, Dialect(pool.dialect)), row.declared, row.created_at)
 
 
 def _within(field: str, value: int, most: int, *, least: int = 1) -> int:
@@ -346,6 +356,14 @@ def _checked_served_name(value: str) -> str:
             f"served_name is 1 to {BASE_NAME_MAX} printable characters.", param="served_name"
         )
     return value
+
+
+def _checked_dialect(value: str) -> str:
+    try:
+        return Dialect(value).value
+    except ValueError as exc:
+        allowed = " or ".join(Dialect)
+        raise InvalidRequest(f"A pool's dialect is {allowed}.", param="dialect") from exc
 
 
 def _checked_mount(value: str | None) -> str | None:

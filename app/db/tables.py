@@ -105,6 +105,7 @@ class PoolRow(Row):
     max_cpu_loras: Mapped[int | None]
     max_inflight: Mapped[int] = mapped_column(server_default="256")
     max_queue: Mapped[int] = mapped_column(server_default="1024")
+    dialect: Mapped[str] = mapped_column(String(16), server_default="vllm")
 
 
 class ReplicaRow(Row):

@@ -247,4 +247,9 @@ class Fleet:
 
 
 def _same_server(one: Replica, other: Replica) -> bool:
-    return (one.url, one.api_key, one.pool) == (other.url, other.api_key, other.pool)
+    return (one.url, one.api_key, one.pool, one.dialect) == (
+        other.url,
+        other.api_key,
+        other.pool,
+        other.dialect,
+    )

@@ -1,4 +1,5 @@
-"""Durable jobs with their events and checkpoints, files, and runs that live across single ops.
+"""Durable jobs with their events and checkpoints, files, runs that live across single ops, and
+the dialect of a pool.
 
 Revision ID: 0003
 Revises: 0002
@@ -16,6 +17,10 @@ depends_on = None
 
 
 def upgrade() -> None:
+    op.add_column(
+        "pools",
+        sa.Column("dialect", sa.String(length=16), server_default="vllm", nullable=False),
+    )
     op.create_table('files',
     sa.Column('number', sa.BigInteger().with_variant(sa.Integer(), 'sqlite'), nullable=False),
     sa.Column('id', sa.String(length=40), nullable=False),
@@ -150,4 +155,4 @@ def downgrade() -> None:
     op.drop_index('ix_files_digest', table_name='files')
 
     op.drop_table('files')
-
+    op.drop_column("pools", "dialect")

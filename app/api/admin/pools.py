@@ -16,7 +16,7 @@ from app.api.admin.replicas import NewReplica, Replica, Replicas, replica_json
 from app.api.admin.shapes import Admin, Answer, Body, Deleted, InRooms, refusals
 from app.api.rooms import Rooms
 from app.control import pools
-from app.domain import BaseModel
+from app.domain import BaseModel, Dialect
 
 router = APIRouter(prefix="/pools", tags=["Pools and replicas"])
 
@@ -26,6 +26,10 @@ _LORAS = "The replicas' --max-loras: how many adapters one step of a replica can
 _CPU_LORAS = "The replicas' --max-cpu-loras; null: as many as `max_loras`, which is vLLM's default."
 _INFLIGHT = "Most requests that one replica is given at once."
 _QUEUE = "Most requests that wait while every replica has that many; 0 refuses them at once."
+_DIALECT = (
+    "What the replicas speak: `vllm`, or `megatron` for one of Megatron's own servers, which "
+    "serve the base and no adapter."
+)
 _ALIASES = "Other names adapter_config.json files call the base by."
 
 
@@ -46,6 +50,7 @@ class Pool(Answer):
     max_inflight: int = Field(examples=[256])
     max_queue: int = Field(examples=[1024])
     store_mount: str | None
+    dialect: Dialect = Field(description=_DIALECT)
     declared: bool = Field(description="Whether it comes from LORAGATE_POOLS.")
     created_at: datetime
     replicas: list[Replica]
@@ -77,6 +82,7 @@ class NewPool(Body):
     max_inflight: int = Field(256, ge=1, description=_INFLIGHT)
     max_queue: int = Field(1024, ge=0, description=_QUEUE)
     store_mount: str | None = Field(None, description=_MOUNT)
+    dialect: Dialect = Field(Dialect.VLLM, description=_DIALECT)
     replicas: list[NewReplica] = Field([], description="Replicas to add with it.")
 
 
@@ -97,6 +103,7 @@ class PoolChange(Body):
     max_inflight: int | None = Field(None, ge=1, description=_INFLIGHT)
     max_queue: int | None = Field(None, ge=0, description=_QUEUE)
     store_mount: str | None = Field(None, description=_MOUNT)
+    dialect: Dialect | None = Field(None, description=_DIALECT)
 
 
 Name = Annotated[str, Path(description="The pool's name.", examples=["llama"])]
@@ -129,6 +136,7 @@ async def create(body: NewPool, rooms: InRooms, admin: Admin) -> Pool:
             max_cpu_loras=body.max_cpu_loras,
             max_inflight=body.max_inflight,
             max_queue=body.max_queue,
+            dialect=body.dialect,
         )
         for new in body.replicas:
             await pools.add_replica(
@@ -222,6 +230,7 @@ def _pool(rooms: Rooms, view: pools.PoolView) -> Pool:
         max_inflight=pool.max_inflight,
         max_queue=pool.max_queue,
         store_mount=pool.store_mount,
+        dialect=pool.dialect,
         declared=view.declared,
         created_at=view.created_at,
         replicas=[replica_json(rooms, replica) for replica in view.replicas],

@@ -79,7 +79,10 @@ class Publish:
             before = None
         bases = {row.name: base_of(row) for row in await session.scalars(select(BaseModelRow))}
         pools = {row.name: pool_of(row) for row in await session.scalars(select(PoolRow))}
-        replicas = {row.id: replica_of(row) for row in await session.scalars(select(ReplicaRow))}
+        replicas = {
+            row.id: replica_of(row, pools[row.pool].dialect)
+            for row in await session.scalars(select(ReplicaRow))
+        }
         base_pools = {pool.base_model: pool.name for pool in pools.values()}
         keys = await _keys(session, before)
         anonymous = self._may_be_anonymous and not await _any_key(session)
