@@ -22,8 +22,7 @@ PREFIX_BYTES = 8 << 10
 _KEY = b'"model"'
 #: How every letter of `model` begins when spelled with an escape; no encoder does that to a letter.
 _ESCAPED = b"\\u006"
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_KEY_AND_COLON = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
+_MEMBER = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")', re.DOTALL)
 #: Paths whose streams end with a usage event if `stream_options` asks for one.
 _STREAM_OPTIONS_PATHS = frozenset({COMPLETIONS, CHAT})
 #: A list of token ids is one prompt; a list of strings or of lists is many.
@@ -124,25 +123,25 @@ class InferenceRequest:
     def upstream_body(self, name: str) -> bytes:
         """The body with `name` as its model, made to report usage."""
         body = self.body
-        at = body.find(_KEY)
-        if self.reports_usage and at >= 0 and body.find(_KEY, at + 7) < 0:
-            key = _KEY_AND_COLON.match(body, at)
-            written = self._written(key.end()) if key is not None else b""
+        if self.reports_usage and body.count(_KEY) == 1:
+            escaped = body.count(_ESCAPED)
+            after = body.find(_KEY) + len(_KEY)
+            start = body.find(b'"', after)
+            usual = b'"%b"' % self.model.encode()
+            colon = body[after:start].strip() == b":"
+            if colon and not escaped and body.startswith(usual, start):
+                rest = body[start + len(usual) :]
+                return b"%b%b%b" % (body[:start], msgspec.json.encode(name), rest)
+            found = _MEMBER.search(body)
             # An escaped letter elsewhere may be in a key that spells `model` another way.
-            if key is not None and written and body.count(_ESCAPED) == written.count(_ESCAPED):
-                rest = body[key.end() + len(written) :]
-                return b"%b%b%b" % (body[: key.end()], msgspec.json.encode(name), rest)
+            if (
+                found is not None
+                and found[1].count(_ESCAPED) == escaped
+                and msgspec.json.decode(found[1]) == self.model
+            ):
+                start, end = found.span(1)
+                return b"%b%b%b" % (body[:start], msgspec.json.encode(name), body[end:])
         return self._rebuilt(name)
-
-    def _written(self, start: int) -> bytes:
-        """The name as it stands at `start`, quotes included; empty if it does not."""
-        plain = b'"%b"' % self.model.encode()
-        if self.body.startswith(plain, start):
-            return plain
-        found = _STRING.match(self.body, start)
-        if found is None or msgspec.json.decode(found[0]) != self.model:
-            return b""
-        return found[0]
 
     def _rebuilt(self, name: str) -> bytes:
         """The slow way, when the key's place is ambiguous or another member changes too."""
