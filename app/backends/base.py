@@ -72,6 +72,9 @@ class Tap(Protocol):
     def finish(self) -> bytes:
         """What was held back and belongs to the client after all."""
 
+    def last(self, data: bytes) -> bytes:
+        """`feed` and `finish` in one call, for bytes that nothing follows."""
+
 
 class Reply:
     """What one replica answers: a status, headers, and bytes as they come.
@@ -149,7 +152,7 @@ class Reply:
         """The rest of a complete reply."""
         self._ended = True
         data = self._body.take()
-        return data if self._tap is None else self._tap.feed(data) + self._tap.finish()
+        return data if self._tap is None else self._tap.last(data)
 
     async def read(self, limit: int) -> bytes:
         """The whole body, cut at `limit` bytes."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from asyncio import Future
+from typing import Annotated
+
+import msgspec
 
 from app.backends.base import Push
 
@@ -28,6 +31,18 @@ _CHUNK_ENDS = tuple(end + b"\r\n" for end in _EVENT_ENDS)
 _BETWEEN_EVENTS = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
 #: An event longer than this is passed on in pieces.
 _EVENT_BYTES = 1 << 20
+
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, lt=10**12)]
+
+
+class _Counts(msgspec.Struct, gc=False):
+    prompt_tokens: _Tokens
+    completion_tokens: _Tokens
+
+
+_counts = msgspec.json.Decoder(_Counts)
+_NO_COUNTS = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
 class UsageTap:
@@ -61,6 +76,13 @@ class UsageTap:
         self._open = bool(self._carry or self._held)
         return data
 
+    def last(self, data: bytes) -> bytes:
+        at = -1 if self._open or self._hide else data.rfind(_KEY)
+        if at >= 0 and (whole := _WHOLE.match(data, at)):
+            self._found = whole[0][:_WINDOW]  # an answer that was not streamed, in one look
+            return data
+        return self.feed(data) + self.finish()
+
     def around(self, push: Push) -> Push:
         def tapped(data: bytes) -> Future[None] | None:
             if _KEY in data or self._open or not data.endswith(_EVENT_ENDS):  # see `feed`
@@ -92,9 +114,13 @@ class UsageTap:
         found = self._found
         if not found:
             return 0, 0
-        prompt = _PROMPT.search(found)
-        completion = _COMPLETION.search(found)
-        return int(prompt[1]) if prompt else 0, int(completion[1]) if completion else 0
+        try:
+            counts = _counts.decode(found[len(_KEY) :])
+        except _NO_COUNTS:  # it has other names, or none of the two, or is not whole
+            prompt = _PROMPT.search(found)
+            completion = _COMPLETION.search(found)
+            return int(prompt[1]) if prompt else 0, int(completion[1]) if completion else 0
+        return counts.prompt_tokens, counts.completion_tokens
 
     def _look(self, data: bytes) -> None:
         if self._carry:

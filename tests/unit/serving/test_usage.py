@@ -61,6 +61,11 @@ def passed(tap: UsageTap, data: list[bytes]) -> bytes:
     return b"".join([*(tap.feed(piece) for piece in data), tap.finish()])
 
 
+def passed_to_the_last(tap: UsageTap, data: list[bytes]) -> bytes:
+    *before, last = data or [b""]
+    return b"".join([*(tap.feed(piece) for piece in before), tap.last(last)])
+
+
 def written(events: list[Any], separators: tuple[str, str], end: str) -> list[bytes]:
     return [
         f"data: {event if isinstance(event, str) else json.dumps(event, separators=separators)}"
@@ -111,6 +116,9 @@ def test_a_stream_is_counted_and_only_the_usage_event_is_hidden(
     assert seen == b"".join(visible)
     said = [event["usage"] for event in [*events, *last] if event.get("usage")]
     assert tap.counts() == counted(said[-1] if said else None)
+    told = UsageTap(hide=hide)
+    assert passed_to_the_last(told, pieces(b"".join(stream), cuts)) == seen
+    assert told.counts() == tap.counts()
 
 
 @given(usage=st.none() | usages(), separators=SEPARATORS, cuts=CUTS, hide=st.booleans())
@@ -122,6 +130,32 @@ def test_a_whole_reply_is_counted_and_passes_unchanged(
     tap = UsageTap(hide=hide)
     assert passed(tap, pieces(data, cuts)) == data
     assert tap.counts() == counted(usage)
+    told = UsageTap(hide=hide)
+    assert passed_to_the_last(told, pieces(data, cuts)) == data
+    assert told.counts() == counted(usage)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        ('{"prompt_tokens":4,"completion_tokens":null}', (4, 0)),
+        ('{"prompt_tokens":-4,"completion_tokens":5}', (0, 5)),
+        ('{"prompt_tokens":"4","completion_tokens":5}', (0, 5)),
+        ('{"prompt_tokens":1234567890123,"completion_tokens":5}', (123456789012, 5)),
+        ('{"total_tokens":9}', (0, 0)),
+        (
+            '{"prompt_tokens":4,"completion_tokens":5,"cached":[' + "[" * 300 + "]" * 301 + "}",
+            (4, 5),
+        ),
+        ('{"prompt_tokens":4,"said":"' + "x" * 1000 + '","completion_tokens":5}', (4, 0)),
+        ("null", (0, 0)),
+    ],
+)
+def test_an_odd_usage_object_is_read_as_far_as_it_goes(usage: str, counts: tuple[int, int]) -> None:
+    data = b'{"usage":%b}' % usage.encode()
+    fed, told = UsageTap(hide=False), UsageTap(hide=False)
+    assert passed(fed, [data]) == passed_to_the_last(told, [data]) == data
+    assert fed.counts() == told.counts() == counts
 
 
 @given(
@@ -142,6 +176,9 @@ def test_any_bytes_are_counted_the_same_however_they_are_cut(
     assert passed(whole, [data] if data else []) == data
     assert passed(cut, pieces(data, cuts)) == data
     assert whole.counts() == cut.counts()
+    told = UsageTap(hide=False)
+    assert passed_to_the_last(told, [data]) == data
+    assert told.counts() == whole.counts()
 
 
 @given(data=st.binary(max_size=200), cuts=CUTS)
