@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import literal
+from sqlalchemy import ColumnElement, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -23,9 +23,9 @@ class _DatabaseTime(FunctionElement[Any]):
     inherit_cache = True
 
 
-def database_time(in_s: float = 0.0) -> _DatabaseTime:
+def database_time(in_s: float | ColumnElement[float] = 0.0) -> _DatabaseTime:
     """The database's own time, `in_s` seconds from now."""
-    return _DatabaseTime(literal(in_s))
+    return _DatabaseTime(literal(in_s) if isinstance(in_s, float) else in_s)
 
 
 @compiles(_DatabaseTime, "sqlite")

@@ -10,9 +10,22 @@ order of submission. A job waits while another one runs under its lock.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    Float,
+    Integer,
+    ScalarSelect,
+    bindparam,
+    func,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
@@ -20,7 +33,7 @@ from sqlalchemy.orm import aliased
 from app.clock import Clock
 from app.db.engine import POSTGRESQL
 from app.db.leases import database_time
-from app.db.tables import JobRow
+from app.db.tables import Instant, JobRow
 from app.domain import Job, JobEventType, JobKind, JobStatus
 from app.jobs.rows import NewEvent, event_row, has, job_of
 
@@ -45,8 +58,12 @@ async def claim(
     if session.get_bind().dialect.name == POSTGRESQL:
         # Claimers take turns: a count of what runs must not be made by two at the same moment.
         await session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": CLAIM_LOCK})
+    given = {"a_token": token, "a_lease_s": lease_s, "a_now": clock.now()}
     for trainer, capacity in capacities.items():
-        row = await _take(session, clock, trainer, capacity, kinds, token, lease_s)
+        statement = _statement(trainer is None, tuple(kinds))
+        row = await _take(
+            session, statement, given | {"a_trainer": trainer, "a_capacity": capacity}
+        )
         if row is not None:
             again = f" again, attempt {row.attempts}" if row.attempts > 1 else ""
             data = {"status": JobStatus.RUNNING.value, "attempt": row.attempts}
@@ -57,11 +74,11 @@ async def claim(
     return None
 
 
-def on_trainer(row: type[JobRow], trainer: str | None) -> ColumnElement[bool]:
+def on_trainer(row: type[JobRow], trainer: Any) -> ColumnElement[bool]:
     return row.trainer.is_(None) if trainer is None else row.trainer == trainer
 
 
-def last_served(trainer: str | None, priority: Any, key_id: Any) -> ColumnElement[int]:
+def last_served(trainer: Any, priority: Any, key_id: Any) -> ColumnElement[int]:
     """The trainer's count of claims when it last served this key, at this priority; 0 if never."""
     served = aliased(JobRow)
     newest = select(func.max(served.claim_number)).where(
@@ -71,41 +88,41 @@ def last_served(trainer: str | None, priority: Any, key_id: Any) -> ColumnElemen
 
 
 async def _take(
-    session: AsyncSession,
-    clock: Clock,
-    trainer: str | None,
-    capacity: int,
-    kinds: Collection[JobKind],
-    token: str,
-    lease_s: float,
+    session: AsyncSession, statement: Executable, given: Mapping[str, Any]
 ) -> JobRow | None:
-    counted = aliased(JobRow)
-    claims = select(func.max(counted.claim_number)).where(on_trainer(counted, trainer))
-    statement = (
-        update(JobRow)
-        .where(JobRow.number == _next(trainer, capacity, kinds), has(JobStatus.QUEUED))
-        .values(
-            status=JobStatus.RUNNING.value,
-            attempts=JobRow.attempts + 1,
-            claim_number=func.coalesce(claims.scalar_subquery(), 0) + 1,
-            lease_token=token,
-            lease_expires_at=database_time(lease_s),
-            not_before=None,
-            started_at=func.coalesce(JobRow.started_at, clock.now()),
-            last_event=JobRow.last_event + 1,
-        )
-        .returning(JobRow)
-        .execution_options(synchronize_session=False, populate_existing=True)
-    )
+    options = {"synchronize_session": False, "populate_existing": True}
     try:
         async with session.begin_nested():
-            row: JobRow | None = await session.scalar(statement)
+            row: JobRow | None = await session.scalar(statement, given, execution_options=options)
             return row
     except IntegrityError:  # the index on locks: someone has just started a job beside us
         return None
 
 
-def _next(trainer: str | None, capacity: int, kinds: Collection[JobKind]) -> ScalarSelect[int]:
+@cache
+def _statement(without_trainer: bool, kinds: tuple[JobKind, ...]) -> Executable:
+    """The claim. Made once: it takes longer to put together than to execute."""
+    trainer = None if without_trainer else bindparam("a_trainer", type_=JobRow.trainer.type)
+    counted = aliased(JobRow)
+    claims = select(func.max(counted.claim_number)).where(on_trainer(counted, trainer))
+    return (
+        update(JobRow)
+        .where(JobRow.number == _next(trainer, kinds), has(JobStatus.QUEUED))
+        .values(
+            status=JobStatus.RUNNING.value,
+            attempts=JobRow.attempts + 1,
+            claim_number=func.coalesce(claims.scalar_subquery(), 0) + 1,
+            lease_token=bindparam("a_token"),
+            lease_expires_at=database_time(bindparam("a_lease_s", type_=Float())),
+            not_before=None,
+            started_at=func.coalesce(JobRow.started_at, bindparam("a_now", type_=Instant())),
+            last_event=JobRow.last_event + 1,
+        )
+        .returning(JobRow)
+    )
+
+
+def _next(trainer: Any, kinds: Collection[JobKind]) -> ScalarSelect[int]:
     # First one job a key, and only then when each key was served: a key may have thousands.
     first, waiting, running = aliased(JobRow), aliased(JobRow), aliased(JobRow)
     runs = select(func.count()).where(has(JobStatus.RUNNING, running), on_trainer(running, trainer))
@@ -124,7 +141,7 @@ def _next(trainer: str | None, capacity: int, kinds: Collection[JobKind]) -> Sca
     served = last_served(trainer, heads.c.priority, heads.c.key_id)
     return (
         select(heads.c.number)
-        .where(runs.scalar_subquery() < capacity)
+        .where(runs.scalar_subquery() < bindparam("a_capacity", type_=Integer()))
         .order_by(served, heads.c.number)
         .limit(1)
         .scalar_subquery()
@@ -132,7 +149,7 @@ def _next(trainer: str | None, capacity: int, kinds: Collection[JobKind]) -> Sca
 
 
 def _claimable(
-    row: type[JobRow], trainer: str | None, kinds: Collection[JobKind]
+    row: type[JobRow], trainer: Any, kinds: Collection[JobKind]
 ) -> list[ColumnElement[bool]]:
     holder = aliased(JobRow)
     busy = select(holder.lock).where(has(JobStatus.RUNNING, holder), holder.lock.is_not(None))
