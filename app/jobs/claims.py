@@ -20,6 +20,7 @@ from sqlalchemy import (
     Integer,
     ScalarSelect,
     bindparam,
+    case,
     func,
     or_,
     select,
@@ -139,13 +140,9 @@ def _next(trainer: Any, kinds: Collection[JobKind]) -> ScalarSelect[int]:
         .subquery()
     )
     served = last_served(trainer, heads.c.priority, heads.c.key_id)
-    return (
-        select(heads.c.number)
-        .where(runs.scalar_subquery() < bindparam("a_capacity", type_=Integer()))
-        .order_by(served, heads.c.number)
-        .limit(1)
-        .scalar_subquery()
-    )
+    room = case((runs.scalar_subquery() < bindparam("a_capacity", type_=Integer()), 1), else_=0)
+    # A limit of 0 is looked at before all else: a trainer without room costs no search.
+    return select(heads.c.number).order_by(served, heads.c.number).limit(room).scalar_subquery()
 
 
 def _claimable(

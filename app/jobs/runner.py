@@ -70,7 +70,8 @@ class Runner:
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._woken = asyncio.Event()
-        self._running: dict[str, JobContext] = {}
+        #: Not by job: one that was lost may come back while its first attempt still ends.
+        self._running: set[JobContext] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -78,7 +79,7 @@ class Runner:
     @property
     def running(self) -> list[str]:
         """The ids of the jobs that run here now."""
-        return list(self._running)
+        return sorted({context.job.id for context in self._running})
 
     def wake(self) -> None:
         """Look for a job soon. Carries no data; without it the queue is looked at now and then."""
@@ -86,8 +87,9 @@ class Runner:
 
     def nudge(self, job_id: str) -> None:
         """A flag of this job was set: if it runs here, let it see that at once."""
-        if (context := self._running.get(job_id)) is not None:
-            context.nudge()
+        for context in self._running:
+            if context.job.id == job_id:
+                context.nudge()
 
     async def run(self) -> None:
         """Claim and run jobs until cancelled; gives back what still runs."""
@@ -96,7 +98,7 @@ class Runner:
                 self._woken.clear()
                 while (job := await self._claim()) is not None:
                     context = JobContext(self._db, self._clock, job, self._lease_s)
-                    self._running[job.id] = context
+                    self._running.add(context)
                     self._idle.clear()
                     group.create_task(self._see_through(context), name=f"job:{job.id}")
                 with suppress(TimeoutError):
@@ -153,7 +155,7 @@ class Runner:
         except* Exception as exc:  # this job's failure must not end the others
             logger.error(Event.JOB_CRASHED.value, exc_info=exc, extra=_extra(context))
         finally:
-            del self._running[context.job.id]
+            self._running.discard(context)
             if not self._running:
                 self._idle.set()
             self.wake()

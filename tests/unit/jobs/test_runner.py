@@ -300,6 +300,35 @@ async def test_a_lost_lease_ends_the_handler_and_nothing_else(
     assert (await jobs.get(other)).status is JobStatus.QUEUED
 
 
+async def test_a_job_may_come_back_while_its_first_attempt_still_ends(jobs: Queue) -> None:
+    cleaned, release = asyncio.Event(), asyncio.Event()
+
+    async def slow_to_end(job: Job, ctx: JobContext) -> None:
+        try:
+            await hang(job, ctx)
+        finally:
+            await cleaned.wait()
+
+    async def act(job: Job, ctx: JobContext) -> None:
+        await release.wait()
+        await finish(job, ctx)
+
+    job = await jobs.submit()
+    handler = Actor(slow_to_end, act)
+    async with running(jobs, handler) as runner:
+        await until(lambda: handler.jobs)
+        await jobs.run_out(job)
+        await jobs.do(queue.expire)
+        runner.nudge(job.id)
+        runner.wake()
+        await until(lambda: len(handler.jobs) == 2)
+        cleaned.set()
+        release.set()
+        done = await reaches(jobs, job, JobStatus.SUCCEEDED)
+        assert await runner.drain(WITHIN_S)
+    assert done.result == {"by": 2}
+
+
 async def test_a_handler_that_meets_the_lost_lease_itself_stops_too(
     jobs: Queue, caplog: pytest.LogCaptureFixture
 ) -> None:
