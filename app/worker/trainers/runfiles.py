@@ -81,7 +81,8 @@ def _shape(layout: Layout) -> dict[str, Any]:
     return {
         "rank": layout.rank,
         "alpha": layout.alpha,
-        "modules": [[part.module, part.in_features, part.out_features] for part in layout.parts],
+        "target_modules": _targets(layout),
+        "weights": layout.size,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -102,9 +103,11 @@ class SharedModel:
         return target_logprobs(logits, targets)
 
     def _checkpoint(self) -> None:
-        self._model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in self._model.modules():
             if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = True
+                again = partial(checkpoint, use_reentrant=False)
+                setattr(module, "_gradient_checkpointing_func", again)  # noqa: B010
                 # Its own flag alone: training would also turn on the dropout inside.
                 module.training = True
 
