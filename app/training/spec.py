@@ -1,7 +1,9 @@
-"""What a fine-tune job was asked to do: the `spec` of its row, written once at submission.
+"""What a fine-tune job was asked to do, and what came of it: the `spec` and `result` of its row.
 
 What comes in: a request that was checked, or the JSON of a job. What goes out: the same, typed.
-None stands for "auto": the plan decides it when the data is known.
+None stands for "auto": the plan decides it when the data is known, and says in the job's
+`progress` and result, under `hyperparameters`, what it chose. Of `progress` the API shows that,
+and `estimated_finish` (Unix seconds); the rest is the handler's own.
 """
 
 from __future__ import annotations
@@ -58,3 +60,25 @@ class FineTuneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             msgspec.ValidationError: it is something else.
         """
         return msgspec.convert(spec, cls)
+
+
+class FineTuneResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fine-tune job made. `result_files` are ids; `hyperparameters` are those used."""
+
+    model: str
+    trained_tokens: int
+    result_files: tuple[str, ...] = ()
+    hyperparameters: dict[str, Any] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only, for a job's row."""
+        return dict(msgspec.to_builtins(self))
+
+    @classmethod
+    def from_json(cls, result: Mapping[str, Any]) -> FineTuneResult:
+        """Take up what `to_json` gave.
+
+        Raises:
+            msgspec.ValidationError: it is something else.
+        """
+        return msgspec.convert(result, cls)
