@@ -13,7 +13,11 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: A plain name, or what a fine-tune job calls its result: `ft:<base>:<suffix or nothing>:<id>`.
+ADAPTER_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*|ft:[A-Za-z0-9._-]+:[A-Za-z0-9._-]*:[a-z0-9]{8}"
+)
 ADAPTER_NAME_MAX = 128
 ALIAS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ALIAS_NAME_MAX = 64

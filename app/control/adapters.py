@@ -252,7 +252,8 @@ def check_name(name: str) -> None:
     if len(name) > ADAPTER_NAME_MAX or not ADAPTER_NAME.fullmatch(name):
         raise InvalidRequest(
             f"An adapter's name is 1 to {ADAPTER_NAME_MAX} letters, digits, '.', '_' or '-', "
-            f"and starts with a letter or digit; got {name[:200]!r}.",
+            f"and starts with a letter or digit, or is a fine-tune job's "
+            f"(ft:base:suffix:id); got {name[:200]!r}.",
             param="name",
         )
 

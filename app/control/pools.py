@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.clock import Clock
 from app.db.engine import touch
 from app.db.tables import AdapterRow, BaseModelRow, PoolRow, ReplicaRow
-from app.domain import ADAPTER_NAME, ADAPTER_NAME_MAX, BaseModel, Dialect, Pool, Replica
+from app.domain import ADAPTER_NAME_MAX, POOL_NAME, BaseModel, Dialect, Pool, Replica
 from app.errors import Conflict, InvalidRequest, NotFound
 
 BASE_NAME_MAX = 256
@@ -88,7 +88,7 @@ async def create(
     declared: bool = False,
 ) -> PoolView:
     """Add a pool for `base`. A base has one pool, so Conflict when it has one already."""
-    if len(name) > ADAPTER_NAME_MAX or not ADAPTER_NAME.fullmatch(name):
+    if len(name) > ADAPTER_NAME_MAX or not POOL_NAME.fullmatch(name):
         raise InvalidRequest(
             f"A pool's name is 1 to {ADAPTER_NAME_MAX} letters, digits, '.', '_' or '-', "
             "and starts with a letter or digit.",

@@ -8,6 +8,7 @@ whom nothing keeps on one version of a weighted alias.
 from __future__ import annotations
 
 import random
+import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ from app.errors import ModelNotAllowed, ModelNotFound
 from app.serving.snapshot import Snapshot
 
 _NEIGHBOURS = 200
+#: What of a fine-tuned model's name comes before its id, where no alias or version can begin.
+_FINE_TUNED = re.compile(r"ft:[^:@]*:[^:@]*:")
 
 
 def resolve(snapshot: Snapshot, model: str, principal: Principal, sticky_key: str = "") -> Route:
@@ -99,11 +102,16 @@ def _remembered(
 
 
 def _split(model: str) -> tuple[str, str, str]:
-    """`name@3` -> name, @, 3; `name:alias` -> name, :, alias; `name` -> name and nothing."""
+    """`name@3` -> name, @, 3; `name:alias` -> name, :, alias; `name` -> name and nothing.
+
+    A fine-tuned model's name has colons of its own: `ft:base:suffix:id:alias`.
+    """
+    own = _FINE_TUNED.match(model)
+    start = own.end() if own else 0
     for separator in "@:":
-        name, found, which = model.partition(separator)
-        if found:
-            return name, found, which
+        at = model.find(separator, start)
+        if at >= 0:
+            return model[:at], separator, model[at + 1 :]
     return model, "", ""
 
 
