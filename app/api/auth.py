@@ -83,16 +83,16 @@ def _is_loopback(address: str) -> bool:
     return address in _LOOPBACK or address.startswith("127.")
 
 
-def permit(principal: Principal, scope: Scope) -> Principal:
-    """Let the principal through if it has the scope.
+def permit(principal: Principal, *scopes: Scope) -> Principal:
+    """Let the principal through if it has one of the scopes.
 
     Raises:
         Forbidden: it does not.
     """
-    if scope not in principal.scopes:
+    if principal.scopes.isdisjoint(scopes):
+        wanted = " or ".join(repr(scope.value) for scope in scopes)
         raise Forbidden(
-            f"The key {principal.name!r} does not have the scope {scope.value!r}. "
-            "Use a key that has it."
+            f"The key {principal.name!r} does not have the scope {wanted}. Use a key that has it."
         )
     return principal
 
@@ -106,8 +106,8 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, as OpenAI's clie
 _api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="The same key.")
 
 
-def require(scope: Scope) -> Callable[..., Awaitable[Principal]]:
-    """A FastAPI dependency that lets only principals with `scope` in."""
+def require(*scopes: Scope) -> Callable[..., Awaitable[Principal]]:
+    """A FastAPI dependency that lets only principals with one of `scopes` in."""
 
     # Async, or FastAPI would send each look at a dictionary through a thread pool.
     async def dependency(
@@ -118,6 +118,6 @@ def require(scope: Scope) -> Callable[..., Awaitable[Principal]]:
         caller = _Ends(asgi.get("server"), asgi.get("client"))
         headers = dict(asgi["headers"])
         principal = authenticate(caller, headers, rooms.snapshots.current, rooms.clock)
-        return permit(principal, scope)
+        return permit(principal, *scopes)
 
     return dependency

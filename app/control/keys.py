@@ -54,7 +54,7 @@ async def create(
     if not 1 <= len(name) <= 128 or not name.isprintable():
         raise InvalidRequest("A key's name is 1 to 128 printable characters.", param="name")
     if not scopes:
-        raise InvalidRequest("A key needs a scope: inference, admin or both.", param="scopes")
+        raise InvalidRequest("A key needs a scope: inference, training or admin.", param="scopes")
     if expires_at is not None and (expires_at.tzinfo is None or expires_at <= clock.now()):
         raise InvalidRequest(
             "expires_at is a time in the future, with its offset.", param="expires_at"

@@ -64,7 +64,8 @@ class NewKey(Body):
     scopes: list[Scope] = Field(
         [Scope.INFERENCE],
         min_length=1,
-        description="`inference` to use models, `admin` to change the gateway.",
+        description="`inference` to use models, `training` to make them, `admin` to change the "
+        "gateway and to see everybody's files and jobs.",
     )
     models: list[str] | None = Field(
         None,
