@@ -22,7 +22,8 @@ from app.control import backends, embedded
 from app.control.declared import sync_declared
 from app.control.driver import Driver
 from app.control.probes import probe_of
-from app.control.tasks import place, sweep
+from app.control.tasks import collect_files, place, sweep
+from app.control.tasks.collect_files import CollectFiles
 from app.control.tasks.flush_usage import FlushUsage
 from app.control.tasks.place import Place
 from app.control.tasks.publish import Publish
@@ -31,6 +32,7 @@ from app.control.tasks.sweep import Sweep
 from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url
 from app.domain import AdapterVersion, Dialect, Probe, Replica
+from app.db.file_store import FileStore
 from app.serving.batches import Batches
 from app.serving.coalesce import Coalescer
 from app.serving.fleet import Fleet
@@ -76,6 +78,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     declared = {"pools": combination.pools, "trainers": combination.trainers}
     settings = settings.model_copy(update=declared)
     store = AdapterStore(settings.store_path, clock)
+    files = FileStore(settings.files_path, clock)
 
     snapshots = Snapshots()
     meter = Meter()
@@ -103,11 +106,14 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     driver.add("place", placing.activate, place.PERIOD_S)
     driver.add("flush_usage", flush.activate, settings.flush_usage_period_s)
     driver.add("sweep", Sweep(db, store).activate, sweep.PERIOD_S)
+    collect = CollectFiles(db, files, clock)
+    driver.add("collect_files", collect.activate, collect_files.PERIOD_S)
     rooms = Rooms(
         settings=settings,
         clock=clock,
         db=db,
         store=store,
+        files=files,
         snapshots=snapshots,
         fleet=fleet,
         meter=meter,

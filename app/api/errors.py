@@ -105,6 +105,18 @@ def headers_of(exc: BaseException) -> dict[str, str]:
     return {}
 
 
+def invalid(exc: RequestValidationError) -> errors.InvalidRequest:
+    """What a client did wrong, of all that FastAPI says about it."""
+    found = exc.errors()
+    if found[0]["type"] == "json_invalid":
+        reason = found[0].get("ctx", {}).get("error", "")
+        return errors.InvalidJson(f"The body is not JSON: {reason}")
+    faults = [(_field(f["loc"]), f["msg"].removeprefix("Value error, ")) for f in found]
+    # The values stay out of the message: one of them may be a secret.
+    message = "; ".join(f"{field}: {msg}" if field else msg for field, msg in faults)
+    return errors.InvalidRequest(message, param=faults[0][0] or None)
+
+
 def install(app: FastAPI) -> None:
     """Make every error of `app` an envelope."""
     app.add_exception_handler(errors.LoragateError, _answer)
@@ -123,15 +135,10 @@ async def _answer(request: Request, exc: Exception) -> Response:
 
 async def _answer_invalid(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
-    found = exc.errors()
-    if found[0]["type"] == "json_invalid":
-        reason = found[0].get("ctx", {}).get("error", "")
-        return await _answer(request, errors.InvalidJson(f"The body is not JSON: {reason}"))
-    faults = [(_field(f["loc"]), f["msg"].removeprefix("Value error, ")) for f in found]
-    # The values stay out of the message: one of them may be a secret.
-    message = "; ".join(f"{field}: {msg}" if field else msg for field, msg in faults)
-    body = _error(message, _CALLER, faults[0][0] or None, errors.InvalidRequest.code)
-    return Response(_dump(body), 422, media_type=_JSON)
+    error = invalid(exc)
+    if isinstance(error, errors.InvalidJson):
+        return await _answer(request, error)
+    return Response(envelope_bytes(error), 422, media_type=_JSON)
 
 
 async def _answer_http(request: Request, exc: Exception) -> Response:

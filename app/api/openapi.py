@@ -31,6 +31,8 @@ _JSON = "application/json"
 _REF = "#/components/schemas/"
 #: Bodies that routes read themselves, so that FastAPI does not know of them.
 _UNSEEN: tuple[type[BaseModel], ...] = (NewAdapter, NewVersion, ErrorEnvelope)
+#: Tags of routes that answer 400 to a body that does not fit.
+_ANSWERS_400 = {"Files", "Uploads", "Fine-tuning"}
 #: How each status reads, once.
 _FAILURES: dict[int, tuple[str, errors.LoragateError]] = {
     400: (
@@ -140,7 +142,10 @@ def _complete(operation: Document, schemas: Document) -> None:
     """Give an operation its error answers, and an example wherever it has none yet."""
     for body in operation.get("requestBody", {}).get("content", {}).values():
         _exemplify(body, schemas)
-    # FastAPI adds its 422 wherever there are parameters, without knowing our envelope.
+    # FastAPI adds its 422 wherever there are parameters, without knowing our envelope, or that
+    # some routes answer 400 instead.
+    if not _ANSWERS_400.isdisjoint(operation["tags"]):
+        operation["responses"].pop("422", None)
     for status, response in operation["responses"].items():
         if int(status) < 400:
             for body in response.get("content", {}).values():

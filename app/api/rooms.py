@@ -9,6 +9,7 @@ from app.control.driver import Activator, Driver
 from app.control.tasks.expire_jobs import ExpireJobs
 from app.db.blobs import AdapterStore
 from app.db.engine import Database
+from app.db.file_store import FileStore
 from app.serving.fleet import Fleet
 from app.serving.meter import Meter
 from app.serving.request_path import RequestPath
@@ -24,6 +25,7 @@ class Rooms:
     clock: Clock
     db: Database
     store: AdapterStore
+    files: FileStore
     snapshots: Snapshots
     fleet: Fleet
     meter: Meter

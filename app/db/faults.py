@@ -65,15 +65,15 @@ def from_sql() -> Iterator[None]:
 
 
 @contextmanager
-def from_disk() -> Iterator[None]:
-    """Translate what the file system of the adapter store raises."""
+def from_disk(what: str = "adapter store") -> Iterator[None]:
+    """Translate what the file system of a store raises; `what` is the store's name."""
     try:
         yield
     except OSError as exc:
         if exc.errno not in _DISK:
             raise
         raise StorageUnavailable(
-            f"The adapter store cannot be written: {os.strerror(exc.errno)}. "
+            f"The {what} cannot be written: {os.strerror(exc.errno)}. "
             "Mend that on the gateway's machine, and ask again."
         ) from exc
 

@@ -347,7 +347,10 @@ class FileRow(Row):
 
 
 class UploadRow(Row):
-    """A file that arrives in parts; `file_id` once it is complete."""
+    """A file that arrives in parts; `file_id` once it is complete.
+
+    `file_expires_after_s`: how long that file is to live.
+    """
 
     __tablename__ = "uploads"
 
@@ -359,6 +362,7 @@ class UploadRow(Row):
     bytes: Mapped[int] = mapped_column(BigInteger)
     status: Mapped[str] = mapped_column(String(16))
     file_id: Mapped[str | None] = mapped_column(String(40))
+    file_expires_after_s: Mapped[int | None]
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
 

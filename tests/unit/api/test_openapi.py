@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from app.api import errors, health, openapi
 from app.api.admin import router as admin
 from app.api.inference import PATHS
-from app.api.openai import models
+from app.api.openai import files, models, uploads
 
 #: Every public route. A new one is added here on purpose, with its line in the changelog.
 ROUTES = {
@@ -24,6 +24,15 @@ ROUTES = {
     "POST /detokenize",
     "GET /v1/models",
     "GET /v1/models/{model}",
+    "GET /v1/files",
+    "POST /v1/files",
+    "GET /v1/files/{file_id}",
+    "DELETE /v1/files/{file_id}",
+    "GET /v1/files/{file_id}/content",
+    "POST /v1/uploads",
+    "POST /v1/uploads/{upload_id}/parts",
+    "POST /v1/uploads/{upload_id}/complete",
+    "POST /v1/uploads/{upload_id}/cancel",
     "POST /v1/load_lora_adapter",
     "POST /v1/unload_lora_adapter",
     "GET /healthz",
@@ -63,7 +72,7 @@ OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
 
 def made() -> dict[str, Any]:
     app = FastAPI(version="0")
-    for router in (health.router, models.router, admin):
+    for router in (health.router, models.router, files.router, uploads.router, admin):
         app.include_router(router)
     errors.install(app)
     openapi.install(app)
@@ -134,6 +143,7 @@ def test_every_request_field_is_described() -> None:
     requests = {
         "NewAdapter", "NewVersion", "Origin", "NewAlias", "Rollback", "NewPool",
         "PoolChange", "NewReplica", "ReplicaChange", "NewKey", "Load", "Unload", "Target",
+        "NewUpload", "Order", "ExpiresAfter",
     }  # fmt: skip
     for name in requests:
         for field, schema in schemas[name]["properties"].items():
