@@ -29,9 +29,9 @@ from typing import IO, Protocol
 
 from app.control.inspect_probe import PROBE_FILE
 from app.control.interruptible import Check
-from app.control.strict_json import shown
 from app.db.blobs import FILES
 from app.errors import AdapterRejected, Fault
+from app.strict_json import shown
 
 TAR, GZIP, ZIP = "application/x-tar", "application/gzip", "application/zip"
 

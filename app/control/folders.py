@@ -16,10 +16,10 @@ from typing import IO
 
 from app.control.inspect_probe import PROBE_FILE
 from app.control.interruptible import Check
-from app.control.strict_json import shown
 from app.db.blobs import FILES, WEIGHTS_FILE
 from app.db.faults import NO_ROOM
 from app.errors import AdapterRejected, Fault, InvalidRequest, NotFound, SourceUnavailable
+from app.strict_json import shown
 
 PARAM = "source.path"
 _CHUNK = 1 << 20

@@ -18,7 +18,6 @@ from pathlib import Path
 import httpx
 
 from app.control.inspect_probe import PROBE_FILE
-from app.control.strict_json import shown
 from app.db.blobs import FILES
 from app.errors import (
     AdapterRejected,
@@ -29,6 +28,7 @@ from app.errors import (
     SourceUnavailable,
 )
 from app.settings import Settings
+from app.strict_json import shown
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 MAX_INFO_BYTES = 8 << 20

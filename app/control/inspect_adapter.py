@@ -19,9 +19,9 @@ from app.control.base_layout import layout_of
 from app.control.inspect_tensors import Declared, inspect_tensors
 from app.control.rank_pattern import ALLOWED, Ranks, unsafe_keys
 from app.control.safetensors_header import read_header
-from app.control.strict_json import load_object, shown
 from app.domain import BaseModel, Pool
 from app.errors import AdapterRejected, Fault
+from app.strict_json import load_object, shown
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20

@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from app.control.strict_json import load_object, shown
 from app.domain import Probe
 from app.errors import AdapterRejected, Fault
+from app.strict_json import load_object, shown
 
 PROBE_FILE = "probe.json"
 MAX_ROWS = 32

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from app.control.base_layout import EMBEDDING, Layout
 from app.control.rank_pattern import Ranks
 from app.control.safetensors_header import Tensor
-from app.control.strict_json import shown
 from app.errors import Fault
+from app.strict_json import shown
 
 PREFIX = "base_model.model."
 MAX_NAME = 256

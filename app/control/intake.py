@@ -32,11 +32,11 @@ from app.control.inspect_probe import (
     vocab_size_of,
 )
 from app.control.interruptible import Check, in_thread
-from app.control.strict_json import shown
 from app.db.blobs import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
 from app.domain import BaseModel, Pool, Probe
 from app.errors import AdapterRejected, BodyTooLarge, Fault, InvalidRequest
 from app.settings import Settings
+from app.strict_json import shown
 
 _CHUNK = 1 << 20
 

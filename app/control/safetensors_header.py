@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from app.control.strict_json import load_object, shown
 from app.errors import Fault
+from app.strict_json import load_object, shown
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
