@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -18,7 +19,7 @@ from app.backends.megatron import MegatronBackend
 from app.backends.vllm import VllmBackend
 from app.backends.wire import Limits
 from app.clock import SystemClock
-from app.control import backends, embedded
+from app.control import backends, embedded, trainers
 from app.control.declared import sync_declared
 from app.control.driver import Driver
 from app.control.probes import probe_of
@@ -31,8 +32,9 @@ from app.control.tasks.reap import Reap
 from app.control.tasks.sweep import Sweep
 from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url
-from app.domain import AdapterVersion, Dialect, Probe, Replica
 from app.db.file_store import FileStore
+from app.domain import AdapterVersion, Dialect, Probe, Replica
+from app.jobs.runner import Runner
 from app.serving.batches import Batches
 from app.serving.coalesce import Coalescer
 from app.serving.fleet import Fleet
@@ -108,6 +110,11 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     driver.add("sweep", Sweep(db, store).activate, sweep.PERIOD_S)
     collect = CollectFiles(db, files, clock)
     driver.add("collect_files", collect.activate, collect_files.PERIOD_S)
+    known = trainers.declared(settings)
+    capacities: dict[str | None, int] = {each.name: each.max_jobs for each in known.values()}
+    runner = Runner(
+        db, clock, {}, capacities, token=secrets.token_hex(16), lease_s=settings.lease_s
+    )
     rooms = Rooms(
         settings=settings,
         clock=clock,
@@ -123,6 +130,9 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         reap=driver.add(
             "reap", Reap(db, store, fleet, clock, settings).activate, settings.reap_period_s
         ),
+        runner=runner,
+        trainers=known,
+        ask_trainer=trainers.ask,
     )
 
     async with db.begin() as session:
@@ -140,6 +150,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
 
     stack.push_async_callback(flush.activate)  # the last counts, once nothing runs any more
     await _keep_running(stack, driver.run(), "driver")
+    await _keep_running(stack, runner.run(), "runner")
     if worker is not None:
         if first:
             await embedded.seed(rooms)

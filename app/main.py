@@ -14,7 +14,7 @@ from app.api.admin import router as admin
 from app.api.direct import DirectProtocol
 from app.api.front_door import FrontDoor
 from app.api.inference import Inference
-from app.api.openai import files, models, uploads
+from app.api.openai import files, fine_tuning, models, uploads
 from app.lifespan import lifespan
 from app.settings import Settings
 from app.telemetry import configure_logging
@@ -26,7 +26,7 @@ def create_app(settings: Settings | None = None) -> FrontDoor:
     configure_logging(settings.log_level, settings.log_format)
     rest = FastAPI(title="loragate", version=__version__, lifespan=lifespan(settings))
     rest.include_router(health.router)
-    for router in (models.router, files.router, uploads.router):
+    for router in (models.router, files.router, uploads.router, fine_tuning.router):
         rest.include_router(router)
     rest.include_router(admin)
     errors.install(rest)

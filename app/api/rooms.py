@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.clock import Clock
 from app.control.driver import Activator, Driver
+from app.control.fine_tuning import AskTrainer
 from app.control.tasks.expire_jobs import ExpireJobs
 from app.db.blobs import AdapterStore
 from app.db.engine import Database
 from app.db.file_store import FileStore
+from app.domain import Trainer
+from app.jobs.runner import Runner
 from app.serving.fleet import Fleet
 from app.serving.meter import Meter
 from app.serving.request_path import RequestPath
@@ -33,4 +37,7 @@ class Rooms:
     driver: Driver
     publish: Activator
     reap: Activator
+    runner: Runner
+    trainers: Mapping[str, Trainer]
+    ask_trainer: AskTrainer
     expire_jobs: ExpireJobs | None = None

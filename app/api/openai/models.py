@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: what this key may put in `model`.
+"""/v1/models and /v1/models/{id}: what this key may put in `model`; DELETE for what it trained.
 
 What comes in: the snapshot and who is asking. What goes out: OpenAI model objects for bases,
 adapters, their versions and aliases; `parent` is the base, as in vLLM. Paths, digests and
@@ -13,12 +13,16 @@ from itertools import islice
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import Response
 
-from app.api.admin.shapes import refusals
+from app.api.admin.adapters import delete_adapter
+from app.api.admin.shapes import Deleted, InRooms, refusals
 from app.api.auth import require
+from app.api.openai.shapes import Trainer
+from app.control.fine_tune_jobs import maker_of
 from app.domain import Principal, Scope
+from app.errors import Conflict, Forbidden, ModelNotFound, NotFound
 from app.serving.resolve import allowed, names_of, resolve
 from app.serving.snapshot import Snapshot
 
@@ -67,6 +71,7 @@ class Catalogue:
 
 router = APIRouter(prefix="/v1/models", tags=["Models"])
 
+_TUNED = "ft:Llama-3.1-8B-Instruct:pirate:k3v9x2ab"
 _MODEL = {
     "id": "support-bot",
     "created": 1762300800,
@@ -109,6 +114,41 @@ async def list_models(request: Request, caller: Caller, catalogue: Kept) -> Resp
     """
     snapshot = request.state.rooms.snapshots.current
     return Response(await catalogue.listing(snapshot, caller), media_type=_JSON)
+
+
+@router.delete(
+    "/{model:path}",
+    summary="Delete a fine-tuned model",
+    response_model=Deleted,
+    responses=refusals(400, 404, 409),
+)
+async def delete_model(
+    model: Annotated[str, Path(description="Its name, as the job says.", examples=[_TUNED])],
+    rooms: InRooms,
+    caller: Trainer,
+) -> Deleted:
+    """Delete a model that a fine-tuning job of this key made, with its checkpoints.
+
+    An admin may delete anyone's, and any adapter. Requests under way finish.
+    """
+    async with rooms.db.read() as session:
+        job = await maker_of(session, model)
+    if job is not None and not job.status.terminal:
+        raise Conflict(
+            f"Job {job.id!r}, which makes {model!r}, is {job.status}: cancel it first.",
+            param="model",
+        )
+    if Scope.ADMIN not in caller.scopes and (job is None or job.key_id != caller.key_id):
+        resolve(rooms.snapshots.current, model, caller)
+        raise Forbidden(
+            f"{model!r} was not made by a fine-tuning job of the key {caller.name!r}.",
+            param="model",
+        )
+    try:
+        await delete_adapter(rooms, caller, model)
+    except NotFound as exc:
+        raise ModelNotFound(f"There is no fine-tuned model {model!r}.") from exc
+    return Deleted(id=model, object="model")
 
 
 @router.get(
