@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,33 +12,18 @@ from hypothesis import strategies as st
 
 from app.db.file_store import FileStore
 from app.errors import BodyTooLarge
+from tests.contract.registry import MovableClock
 
 MOST = 1000
 
 
-class Hands:
-    """A clock that is moved."""
-
-    def __init__(self) -> None:
-        self.time = datetime(2030, 1, 1, tzinfo=UTC)
-
-    def now(self) -> datetime:
-        return self.time
-
-    def monotonic(self) -> float:
-        return self.time.timestamp()
-
-    def move(self, seconds: float) -> None:
-        self.time += timedelta(seconds=seconds)
+@pytest.fixture
+def clock() -> MovableClock:
+    return MovableClock()
 
 
 @pytest.fixture
-def clock() -> Hands:
-    return Hands()
-
-
-@pytest.fixture
-def store(tmp_path: Path, clock: Hands) -> FileStore:
+def store(tmp_path: Path, clock: MovableClock) -> FileStore:
     return FileStore(tmp_path / "files", clock)
 
 
@@ -82,17 +66,17 @@ def test_the_limit_is_a_byte_more_than_what_fits(store: FileStore) -> None:
     assert len(on_disk(store)) == 1
 
 
-def test_discard_spares_what_was_just_committed(store: FileStore, clock: Hands) -> None:
+def test_discard_spares_what_was_just_committed(store: FileStore, clock: MovableClock) -> None:
     digest = put(store, b"hello")
-    clock.move(59)
+    clock.forward(59)
     assert not store.discard(digest, older_than_s=60)
-    clock.move(1)
+    clock.forward(1)
     put(store, b"hello")  # the same again: as young as if it were new
     assert not store.discard(digest, older_than_s=60)
-    clock.move(60)
+    clock.forward(60)
     assert store.renew(digest)
     assert not store.discard(digest, older_than_s=60)
-    clock.move(60)
+    clock.forward(60)
     assert store.discard(digest, older_than_s=60)
     assert on_disk(store) == []
     assert not store.discard(digest, older_than_s=60)
@@ -100,11 +84,11 @@ def test_discard_spares_what_was_just_committed(store: FileStore, clock: Hands) 
 
 
 def test_a_commit_while_it_is_discarded_gets_it_back(
-    store: FileStore, clock: Hands, monkeypatch: pytest.MonkeyPatch
+    store: FileStore, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was old when `discard` looked, and renewed before it was moved out of sight."""
     digest = put(store, b"hello")
-    clock.move(60)
+    clock.forward(60)
     rename = os.rename
 
     def renewed_first(source: Path, target: Path) -> None:
@@ -117,15 +101,15 @@ def test_a_commit_while_it_is_discarded_gets_it_back(
     assert store.path(digest).read_bytes() == b"hello"
 
 
-def test_what_a_crash_left_is_swept(store: FileStore, clock: Hands) -> None:
+def test_what_a_crash_left_is_swept(store: FileStore, clock: MovableClock) -> None:
     digest = put(store, b"hello")
     left = store.root / "tmp" / "0123"
     left.write_bytes(b"half")
     now = clock.now().timestamp()
     os.utime(left, (now, now))
-    clock.move(59)
+    clock.forward(59)
     assert store.sweep_staging(60) == 0
-    clock.move(1)
+    clock.forward(1)
     assert store.sweep_staging(60) == 1
     assert on_disk(store) == [f"{digest[:2]}/{digest}"]
 
