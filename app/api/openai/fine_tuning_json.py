@@ -6,6 +6,7 @@ its shape, or OpenAI's objects. No verbs.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,9 @@ MODEL = "ft:Llama-3.1-8B-Instruct:pirate:k3v9x2ab"
 Auto = Literal["auto"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+#: PostgreSQL stores these in JSON, and then cannot look into it.
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 #: Fields of a spec that a request and an answer call hyperparameters; absent ones are "auto".
 _COMMON = ("n_epochs", "batch_size", "learning_rate_multiplier")
 _OWN = (
@@ -60,7 +64,7 @@ class Hyperparameters(Body):
     lora_alpha: Auto | Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         "auto", description="The adapter's alpha; twice the rank if left out.", examples=[32]
     )
-    target_modules: Auto | Annotated[list[str], Field(min_length=1, max_length=64)] = Field(
+    target_modules: Auto | Annotated[list[Module], Field(min_length=1, max_length=64)] = Field(
         "auto", description="Modules to adapt; all linear ones if left out.", examples=[["q_proj"]]
     )
     learning_rate: Auto | Annotated[Positive, Field(le=10)] = Field(
@@ -136,6 +140,8 @@ class NewFineTuningJob(Body):
         pairs = self.metadata or {}
         if len(pairs) > 16 or any(len(k) > 64 or len(v) > 512 for k, v in pairs.items()):
             raise ValueError("metadata is up to 16 pairs of 64 and 512 characters")
+        if any(_UNSTORABLE.search(text) for pair in pairs.items() for text in pair):
+            raise ValueError("metadata has a character that cannot be stored")
         return self
 
     def wanted(self) -> Wanted:

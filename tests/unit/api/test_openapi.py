@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from app.api import errors, health, openapi
 from app.api.admin import router as admin
 from app.api.inference import PATHS
-from app.api.openai import files, models, uploads
+from app.api.openai import files, fine_tuning, models, uploads
 
 #: Every public route. A new one is added here on purpose, with its line in the changelog.
 ROUTES = {
@@ -29,6 +29,15 @@ ROUTES = {
     "GET /v1/files/{file_id}",
     "DELETE /v1/files/{file_id}",
     "GET /v1/files/{file_id}/content",
+    "DELETE /v1/models/{model}",
+    "GET /v1/fine_tuning/jobs",
+    "POST /v1/fine_tuning/jobs",
+    "GET /v1/fine_tuning/jobs/{job_id}",
+    "POST /v1/fine_tuning/jobs/{job_id}/cancel",
+    "POST /v1/fine_tuning/jobs/{job_id}/pause",
+    "POST /v1/fine_tuning/jobs/{job_id}/resume",
+    "GET /v1/fine_tuning/jobs/{job_id}/events",
+    "GET /v1/fine_tuning/jobs/{job_id}/checkpoints",
     "POST /v1/uploads",
     "POST /v1/uploads/{upload_id}/parts",
     "POST /v1/uploads/{upload_id}/complete",
@@ -67,12 +76,13 @@ ROUTES = {
     "GET /admin/tasks",
     "GET /admin/usage",
 }
+OPENAI = models.router, files.router, uploads.router, fine_tuning.router
 OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
 
 
 def made() -> dict[str, Any]:
     app = FastAPI(version="0")
-    for router in (health.router, models.router, files.router, uploads.router, admin):
+    for router in (health.router, *OPENAI, admin):
         app.include_router(router)
     errors.install(app)
     openapi.install(app)
@@ -143,7 +153,8 @@ def test_every_request_field_is_described() -> None:
     requests = {
         "NewAdapter", "NewVersion", "Origin", "NewAlias", "Rollback", "NewPool",
         "PoolChange", "NewReplica", "ReplicaChange", "NewKey", "Load", "Unload", "Target",
-        "NewUpload", "Order", "ExpiresAfter",
+        "NewUpload", "Order", "ExpiresAfter", "NewFineTuningJob", "NewMethod", "OfMethod",
+        "Hyperparameters",
     }  # fmt: skip
     for name in requests:
         for field, schema in schemas[name]["properties"].items():

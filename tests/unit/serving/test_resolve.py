@@ -59,6 +59,30 @@ def test_a_name_of_an_adapter(name: str, upstream: str) -> None:
     assert resolve(at, name, ANYONE) is resolve(at, upstream, ANYONE)
 
 
+TUNED = "ft:tiny:pirate:k3v9x2ab"
+UNNAMED = "ft:tiny::k3v9x2ab"
+
+
+@pytest.mark.parametrize("adapter_name", [TUNED, UNNAMED])
+def test_a_name_of_a_fine_tuned_model(adapter_name: str) -> None:
+    at = snapshot(adapter(adapter_name, 2, {"ckpt-step-10": ((1, 1),)}), adapter("ft"))
+    for ending, number in {"": 2, "@1": 1, ":latest": 2, ":ckpt-step-10": 1}.items():
+        assert (
+            resolve(at, adapter_name + ending, ANYONE).upstream_name == f"{adapter_name}@{number}"
+        )
+        assert allowed(someone("ft:tiny:*"), adapter_name + ending)
+        assert allowed(someone(adapter_name), adapter_name + ending)
+        assert not allowed(someone("ft"), adapter_name + ending)
+    for ending in (":", "@", "@3", ":nope", ":latest:latest", "x"):
+        with pytest.raises(ModelNotFound, match=f"Did you mean '{adapter_name}"):
+            resolve(at, adapter_name + ending, ANYONE)
+    # An adapter called ft has names like every other.
+    assert resolve(at, "ft:latest", ANYONE).upstream_name == "ft@1"
+    for name in ("ft:", "ft::", "ft:::", "ft:tiny", "ft:tiny:pirate", "ft:tiny:pirate:"):
+        with pytest.raises(ModelNotFound):
+            resolve(at, name, ANYONE)
+
+
 @pytest.mark.parametrize("name", ["tiny", "org/base:v1"])
 def test_a_name_of_a_base(name: str) -> None:
     at = world()
