@@ -287,6 +287,16 @@ class BackendSettings(BaseSettings):
     )
 
 
+class TorchrunSettings(BaseSettings):
+    """What torchrun tells the processes it starts; all of it is missing where it did not."""
+
+    model_config = SettingsConfigDict(env_file=None, frozen=True, extra="ignore")
+
+    rank: int | None = Field(None, ge=0, description="This process among all.")
+    local_rank: int = Field(0, ge=0, description="This process among those of its host.")
+    world_size: int | None = Field(None, ge=1, description="How many processes there are.")
+
+
 class ClientSettings(BaseSettings):
     """How the command line finds a gateway."""
 

@@ -131,6 +131,7 @@ class Event(StrEnum):
     WORKER_EXITED = "worker.exited"
     WORKER_READY = "worker.ready"
     WORKER_STEP_FAILED = "worker.step_failed"
+    TRAINER_RANK_LOST = "trainer.rank_lost"
 
 
 def log(logger: logging.Logger, level: int, event: Event, **fields: Any) -> None:
