@@ -21,24 +21,20 @@ for the gateway.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import TypeVar
 
 from app.clock import Clock
 from app.domain import LoraSpec
-from app.errors import InvalidRequest, RunLost, TrainerBusy, TrainerUnavailable, TrainingFailed
+from app.errors import InvalidRequest, RunLost, TrainerUnavailable, TrainingFailed
 from app.ops import Result, RunStatus
 from app.training.batches import Batches
 from app.training.outcomes import Recorder, Tally
+from app.training.patience import FIRST_PAUSE_S, Patience, Stopped
 from app.training.plan import OpKind, PlannedOp, Saves
 from app.training.run import Run
-
-T = TypeVar("T")
 
 #: Ops handed over and not yet collected: two steps, and a state.
 LOOK_AHEAD = 5
@@ -49,7 +45,6 @@ DRIFT = 2
 #: Losses at one place, with the worker back each time, before it is given up.
 MAX_LOSSES = 3
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _SHORTEST_STEP_S = 1e-4
 
 
@@ -71,18 +66,6 @@ class Position:
     saves: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long a lost worker is waited for, and how much training may be lost with it."""
-
-    patience_s: float
-    checkpoint_s: float
-
-
-class _Stopped(Exception):
-    """`stop` was called."""
-
-
 class Loop:
     """One attempt at driving a run."""
 
@@ -92,18 +75,19 @@ class Loop:
         batches: Batches,
         recorder: Recorder,
         clock: Clock,
-        limits: Limits,
+        patience: Patience,
         start: Position,
-        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        checkpoint_s: float,
     ) -> None:
+        """`checkpoint_s`: about how much training a lost worker may cost, in seconds."""
         self._target = target
         self._run = target.run
         self._batches = batches
         self._plan = batches.plan
         self._recorder = recorder
         self._clock = clock
-        self._limits = limits
-        self._sleep = sleep
+        self._patience = patience
+        self._checkpoint_s = checkpoint_s
         self._saves = Saves(start.saves)
         self._done = start.done
         self._collected = 0  # the op whose outcome was fetched last
@@ -111,17 +95,11 @@ class Loop:
         self._losses = 0
         self._tally = Tally(batches)
         self._times: deque[float] = deque()
-        self._stopping = False
-        self._waiting: asyncio.Timeout | None = None
-
-    def stop(self) -> None:
-        """Let `run` return soon: nothing more is begun, and what was done is still recorded."""
-        self._stopping = True
-        if self._waiting is not None:
-            self._waiting.reschedule(asyncio.get_running_loop().time())
 
     async def run(self) -> bool:
-        """Drive the run to the end of its plan; False if `stop` came first.
+        """Drive the run to the end of its plan; False if it was to stop first.
+
+        Then nothing more is begun, and what was done is still recorded.
 
         Raises:
             TrainingFailed, InvalidRequest: a step failed and would fail again; it is named.
@@ -130,7 +108,7 @@ class Loop:
         """
         try:
             while True:
-                status = await self._open()
+                status = await self._patience.again(self._adopt)
                 try:
                     await self._drive(status)
                     return True
@@ -138,25 +116,10 @@ class Loop:
                     self._losses += 1
                     if self._losses > MAX_LOSSES:
                         raise
-                await self._pause(_FIRST_PAUSE_S)
-        except _Stopped:
+                await self._patience.pause(FIRST_PAUSE_S)
+        except Stopped:
             await self._halt()
             return False
-
-    async def _open(self) -> RunStatus:
-        """Take the run up, waiting for a worker that is away as long as patience lasts."""
-        began, pause_s = self._clock.monotonic(), _FIRST_PAUSE_S
-        while True:
-            try:
-                return await self._unless_stopped(self._adopt)
-            except (TrainerUnavailable, RunLost, TrainerBusy):
-                if self._clock.monotonic() - began >= self._limits.patience_s:
-                    raise
-            await self._pause(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-    async def _pause(self, seconds: float) -> None:
-        await self._unless_stopped(lambda: self._sleep(seconds))
 
     async def _adopt(self) -> RunStatus:
         target = self._target
@@ -193,11 +156,11 @@ class Loop:
         request = self._batches.request(op)
         # What is repeated is asked for again, recorded or not.
         acked = min(self._recorder.recorded, self._collected)
-        await self._unless_stopped(lambda: self._run.submit(op.seq, request, acked))
+        await self._patience.once(lambda: self._run.submit(op.seq, request, acked))
         self._furthest = max(self._furthest, op.seq)
 
     async def _collect(self, op: PlannedOp) -> None:
-        await self._take(op, await self._unless_stopped(lambda: self._outcome(op)))
+        await self._take(op, await self._patience.once(lambda: self._outcome(op)))
 
     async def _outcome(self, op: PlannedOp) -> Result:
         try:
@@ -227,10 +190,10 @@ class Loop:
             return
         self._times.append(self._clock.monotonic())
         took_s = self._times[-1] - self._times[0]
-        if len(self._times) <= TIMED_STEPS and took_s < self._limits.checkpoint_s:
+        if len(self._times) <= TIMED_STEPS and took_s < self._checkpoint_s:
             return
         step_s = median(later - one for one, later in pairwise(self._times))
-        every = max(1, int(self._limits.checkpoint_s / max(step_s, _SHORTEST_STEP_S)))
+        every = max(1, int(self._checkpoint_s / max(step_s, _SHORTEST_STEP_S)))
         known = self._saves.every
         first = ahead.step + 1
         if first + every > self._plan.steps:
@@ -251,16 +214,3 @@ class Loop:
                 await self._take(op, await self._outcome(op))
         except (TrainerUnavailable, RunLost):
             return  # nothing goes on there; what was not told is in the run's last state
-
-    async def _unless_stopped(self, begin: Callable[[], Awaitable[T]]) -> T:
-        if self._stopping:
-            raise _Stopped
-        try:
-            async with asyncio.timeout(None) as self._waiting:
-                return await begin()
-        except TimeoutError:
-            if not self._stopping:
-                raise
-            raise _Stopped from None
-        finally:
-            self._waiting = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from app.errors import LineFault
 from app.ops import Rendered
 from app.training import dataset
 from app.training.dataset import MAX_FAULTS, Example
+from app.training.patience import Patience
 from app.training.run import TrainerHost
 from app.training.spec import Method
 from app.training.tokens import Examples, weight_of
@@ -26,6 +28,7 @@ CHUNK, CHUNK_BYTES = 128, 1 << 20
 
 async def render(
     host: TrainerHost,
+    patience: Patience,
     path: Path,
     into: Examples,
     *,
@@ -38,14 +41,15 @@ async def render(
 
     Raises:
         InvalidTrainingFile: with the first lines that are wrong.
-        TrainerUnavailable: the worker does not answer.
+        TrainerUnavailable: the worker does not come back.
         StorageUnavailable: the disk does not take the tokens.
     """
     found = _chunks(dataset.examples(path, method, param=param))
     faults: list[LineFault] = []
     while len(faults) < MAX_FAULTS and (chunk := await asyncio.to_thread(next, found, None)):
         conversations = [one for example in chunk for one in example.conversations]
-        rendered = iter(await host.render(conversations, complete=True))
+        ask = partial(host.render, conversations, complete=True)
+        rendered = iter(await patience.again(ask))
         for example in chunk:
             sequences = list(islice(rendered, len(example.conversations)))
             problem = _problem(sequences, max_length)

@@ -5,15 +5,15 @@ What comes in: sizes. What goes out: what the loop needs, in memory and on virtu
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.domain import LoraSpec
 from app.training.batches import Batches
-from app.training.loop import Limits, Loop, Position, Target
+from app.training.loop import Loop, Position, Target
 from app.training.outcomes import EpochDone, StepDone
+from app.training.patience import Patience
 from app.training.plan import Hyperparameters, Plan, Saves
 from app.training.spec import Method
 from app.training.tokens import Examples
@@ -107,7 +107,13 @@ class Kept:
 
 
 def loop_of(
-    worker: FakeWorker, made: Batches, kept: Kept, *, fence: int = 1, checkpoint_s: float = 1e6
+    worker: FakeWorker,
+    made: Batches,
+    kept: Kept,
+    *,
+    fence: int = 1,
+    checkpoint_s: float = 1e6,
+    patience: Patience | None = None,
 ) -> Loop:
     kept.buffer = []
     return Loop(
@@ -115,7 +121,7 @@ def loop_of(
         made,
         kept,
         VirtualClock(),
-        Limits(patience_s=60.0, checkpoint_s=checkpoint_s),
+        patience or Patience(VirtualClock(), 60.0),
         Position(kept.recorded, kept.changes),
-        sleep=asyncio.sleep,
+        checkpoint_s,
     )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from app.errors import Fenced, NonFiniteLoss, RunLost, TrainerBusy, TrainerUnavailable
 from app.training.batches import Batches
 from app.training.loop import LOOK_AHEAD, MAX_LOSSES
+from app.training.patience import Patience
 from app.training.plan import Saves
 from tests.fakes.training_worker import FakeRun, FakeWorker, unavailable
 from tests.fakes.virtual_time import VirtualClock, run
@@ -229,9 +230,9 @@ def test_stopped_and_taken_up_again_it_goes_on_exactly(made: Batches, after: int
     worker, kept = FakeWorker(op_s=1.0), Kept()
 
     async def drive() -> bool:
-        loop = loop_of(worker, made, kept)
-        asyncio.get_running_loop().call_later(after + 0.5, loop.stop)
-        finished = await loop.run()
+        patience = Patience(VirtualClock(), 60.0)
+        asyncio.get_running_loop().call_later(after + 0.5, patience.stop)
+        finished = await loop_of(worker, made, kept, patience=patience).run()
         assert not worker.live["job-1"].waiting
         await FakeRun(worker, "job-1", fence=1).unload()
         return finished
@@ -252,8 +253,9 @@ def test_stopped_while_the_worker_is_away_it_ends_at_once(made: Batches) -> None
         raise unavailable()
 
     async def drive() -> tuple[bool, float]:
-        loop = loop_of(FakeWorker(trouble=away), made, Kept())
-        asyncio.get_running_loop().call_later(12.0, loop.stop)
+        patience = Patience(VirtualClock(), 60.0)
+        asyncio.get_running_loop().call_later(12.0, patience.stop)
+        loop = loop_of(FakeWorker(trouble=away), made, Kept(), patience=patience)
         return await loop.run(), VirtualClock().monotonic()
 
     assert run(drive()) == (False, 12.0)
@@ -261,9 +263,9 @@ def test_stopped_while_the_worker_is_away_it_ends_at_once(made: Batches) -> None
 
 def test_stopped_before_it_began_it_begins_nothing(made: Batches) -> None:
     worker = FakeWorker()
-    loop = loop_of(worker, made, Kept())
-    loop.stop()
-    assert not run(loop.run())
+    patience = Patience(VirtualClock(), 60.0)
+    patience.stop()
+    assert not run(loop_of(worker, made, Kept(), patience=patience).run())
     assert not worker.done
 
 

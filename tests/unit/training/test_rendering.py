@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from app.clock import SystemClock
 from app.errors import InvalidTrainingFile, TrainerUnavailable
 from app.ops import ForwardBackward, Message, OptimStep, Rendered, SaveForSampling, Tensor
 from app.training import rendering
 from app.training.batches import PROBE_ROWS, PROBE_TOKENS, Batches
+from app.training.patience import Patience
 from app.training.plan import OpKind, Plan, PlannedOp, Saves
 from app.training.rendering import render
 from app.training.spec import Method
@@ -25,6 +27,11 @@ from tests.unit.training.made import batches, settings
 def into(tmp_path: Path) -> Iterator[Examples]:
     with Examples(tmp_path / "spool") as examples:
         yield examples
+
+
+@pytest.fixture
+def patience() -> Patience:
+    return Patience(SystemClock(), limit_s=0.05)
 
 
 def write(path: Path, *answers: str) -> Path:
@@ -42,10 +49,10 @@ def numbers(tensor: Tensor | None) -> list[float]:
 
 
 async def test_tokens_are_shifted_and_weights_belong_to_targets(
-    tmp_path: Path, into: Examples
+    tmp_path: Path, into: Examples, patience: Patience
 ) -> None:
     path = write(tmp_path / "train.jsonl", "yo")
-    await render(FakeWorker(), path, into, method="supervised", max_length=99)
+    await render(FakeWorker(), patience, path, into, method="supervised", max_length=99)
     [datum] = into.data(0, scale=0.5)
     # "Hi" and its end, "yo" and its end: six tokens, of which five are predicted.
     assert numbers(datum.tokens) == [72, 105, 1, 121, 111]
@@ -56,7 +63,7 @@ async def test_tokens_are_shifted_and_weights_belong_to_targets(
     assert into.start(0, 4) == [72, 105, 1, 121]
 
 
-async def test_a_pair_is_two_sequences(tmp_path: Path) -> None:
+async def test_a_pair_is_two_sequences(tmp_path: Path, patience: Patience) -> None:
     path = tmp_path / "pairs.jsonl"
     line = {
         "input": {"messages": [{"role": "user", "content": "Hi"}]},
@@ -65,16 +72,20 @@ async def test_a_pair_is_two_sequences(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps(line))
     with Examples(tmp_path, sequences=2) as pairs:
-        await render(FakeWorker(), path, pairs, method="dpo", max_length=99)
+        await render(FakeWorker(), patience, path, pairs, method="dpo", max_length=99)
         good, bad = pairs.data(0)
         assert (good.tokens.shape, bad.tokens.shape) == ((5,), (9,))
         assert (len(pairs), pairs.tokens(0)) == (1, 14)
 
 
-async def test_lines_that_cannot_be_trained_on_are_named(tmp_path: Path, into: Examples) -> None:
+async def test_lines_that_cannot_be_trained_on_are_named(
+    tmp_path: Path, into: Examples, patience: Patience
+) -> None:
     path = write(tmp_path / "train.jsonl", "fine", "x" * 20, "unspeakable", "fine")
     with pytest.raises(InvalidTrainingFile, match="2 lines wrong") as caught:
-        await render(FakeWorker(), path, into, method="supervised", max_length=20, param="p")
+        await render(
+            FakeWorker(), patience, path, into, method="supervised", max_length=20, param="p"
+        )
     assert [(fault.line, fault.problem) for fault in caught.value.faults] == [
         (2, "24 tokens in the model's chat template, 20 are allowed"),
         (3, "the chat template refuses this"),
@@ -82,7 +93,9 @@ async def test_lines_that_cannot_be_trained_on_are_named(tmp_path: Path, into: E
     assert caught.value.param == "p"
 
 
-async def test_an_example_without_a_learned_token_is_named(tmp_path: Path, into: Examples) -> None:
+async def test_an_example_without_a_learned_token_is_named(
+    tmp_path: Path, into: Examples, patience: Patience
+) -> None:
     class Mute(FakeWorker):
         async def render(
             self, conversations: Sequence[Message], *, complete: bool
@@ -94,29 +107,29 @@ async def test_an_example_without_a_learned_token_is_named(tmp_path: Path, into:
 
     path = write(tmp_path / "train.jsonl", "yo")
     with pytest.raises(InvalidTrainingFile, match="line 1: nothing to learn"):
-        await render(Mute(), path, into, method="supervised", max_length=99)
+        await render(Mute(), patience, path, into, method="supervised", max_length=99)
 
 
 async def test_files_are_rendered_piece_by_piece(
-    tmp_path: Path, into: Examples, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, into: Examples, patience: Patience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendering, "CHUNK_BYTES", 200)
     worker = FakeWorker()
     asked: list[str] = []
     worker.trouble = asked.append
     path = write(tmp_path / "train.jsonl", *("yo" * (n % 7 + 1) for n in range(300)))
-    await render(worker, path, into, method="supervised", max_length=99)
+    await render(worker, patience, path, into, method="supervised", max_length=99)
     assert len(into) == 300
     assert [into.tokens(n) for n in (0, 6, 299)] == [5, 17, 5 + 2 * (299 % 7)]
     assert len(asked) > 10
     with Examples(tmp_path) as whole:
         monkeypatch.setattr(rendering, "CHUNK_BYTES", 1 << 20)
-        await render(worker, path, whole, method="supervised", max_length=99)
+        await render(worker, patience, path, whole, method="supervised", max_length=99)
         assert [whole.data(n) for n in range(300)] == [into.data(n) for n in range(300)]
 
 
 async def test_faults_are_collected_over_pieces_up_to_a_limit(
-    tmp_path: Path, into: Examples, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, into: Examples, patience: Patience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendering, "CHUNK", 7)
     path = write(tmp_path / "train.jsonl", *["unspeakable"] * 100)
@@ -124,20 +137,22 @@ async def test_faults_are_collected_over_pieces_up_to_a_limit(
     asked: list[str] = []
     worker.trouble = asked.append
     with pytest.raises(InvalidTrainingFile, match="at least 20 lines wrong") as caught:
-        await render(worker, path, into, method="supervised", max_length=99)
+        await render(worker, patience, path, into, method="supervised", max_length=99)
     assert [fault.line for fault in caught.value.faults] == list(range(1, 21))
     assert len(asked) == 3
 
 
 async def test_a_worker_that_is_away_is_no_fault_of_the_file(
-    tmp_path: Path, into: Examples
+    tmp_path: Path, into: Examples, patience: Patience
 ) -> None:
     def away(request: str) -> None:
         raise unavailable()
 
     path = write(tmp_path / "train.jsonl", "yo")
     with pytest.raises(TrainerUnavailable):
-        await render(FakeWorker(trouble=away), path, into, method="supervised", max_length=99)
+        await render(
+            FakeWorker(trouble=away), patience, path, into, method="supervised", max_length=99
+        )
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
