@@ -6,7 +6,7 @@ dialect and serves adapters. Megatron's own servers serve the weights they were 
 nothing else: what they cannot do is refused (`InvalidRequest`) and never left out in silence.
 
 How they are told apart: the dynamic server's /health names its service; the static one has no
-/health, and knows only PUT at /api.
+/health, and asks for prompts when PUT /api has none.
 """
 
 from __future__ import annotations
@@ -95,10 +95,11 @@ class MegatronBackend:
 
     async def _look(self) -> Backend | None:
         """Which server it is; None while it is not ready, or is none of them."""
-        status, data = await self._wire.get("/health")
+        status, data = await self._wire.probe("GET", "/health")
         if status == 404:
-            status, _ = await self._wire.get("/api")
-            return _OneModel(StaticServer(), self._wire) if status == 405 else None
+            status, data = await self._wire.probe("PUT", "/api", b"{}")
+            static = status == 400 and b"prompts argument" in data
+            return _OneModel(StaticServer(), self._wire) if static else None
         if status != 200:
             return None
         try:
@@ -170,15 +171,16 @@ class _Wire:
     async def call(
         self, headers: bytes, method: str, path: str, payload: object
     ) -> tuple[int, bytes]:
-        body = msgspec.json.encode(payload)
-        line = f"{method} {path} HTTP/1.1\r\n".encode()
-        kind = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
-        message = b"%b%b%b%b\r\n%b" % (line, self._common, headers, kind, body)
+        message = self._message(method, path, headers, msgspec.json.encode(payload))
         return await _whole(self._inference, message)
 
-    async def get(self, path: str) -> tuple[int, bytes]:
-        line = f"GET {path} HTTP/1.1\r\n".encode()
-        return await _whole(self._probes, b"%b%b\r\n" % (line, self._common))
+    async def probe(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        return await _whole(self._probes, self._message(method, path, b"", body))
+
+    def _message(self, method: str, path: str, headers: bytes, body: bytes) -> bytes:
+        line = f"{method} {path} HTTP/1.1\r\n".encode()
+        kind = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+        return b"%b%b%b%b\r\n%b" % (line, self._common, headers, kind, body)
 
     def close(self) -> None:
         self._inference.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
@@ -18,11 +19,15 @@ import msgspec
 
 from app.backends.megatron_replies import Generated
 from app.backends.megatron_requests import CHAT, COMPLETIONS, MAX_SAMPLES, Ask, Message
-from app.errors import InvalidRequest, UpstreamBroke
+from app.errors import InvalidRequest, UpstreamBroke, UpstreamError
 
 _Shape = TypeVar("_Shape")
 #: Most prompts of one PUT /api.
 MAX_PROMPTS = MAX_SAMPLES
+
+
+class ServerFailed(UpstreamError):
+    """It answered that it could not. One that goes on like this is left alone by its breaker."""
 
 
 class Call(Protocol):
@@ -96,6 +101,7 @@ class StaticServer:
 
         Raises:
             InvalidRequest: it cannot do this, or says that something in it is wrong.
+            ServerFailed: it says that it failed.
             UpstreamBroke: it answered nonsense.
         """
         if (ask.logprobs or 0) > 1:
@@ -129,6 +135,7 @@ class DynamicServer:
 
         Raises:
             InvalidRequest: it says that something in the request is wrong.
+            ServerFailed: it says that it failed.
             UpstreamBroke: it answered nonsense.
         """
         if ask.messages is not None:
@@ -189,12 +196,9 @@ def _api_payload(ask: Ask, prompts: Sequence[str]) -> dict[str, Any]:
 def _api_answer(status: int, data: bytes, prompts: int) -> _Api:
     """Its answer. What it finds wrong it says as a bare string, mostly with status 200."""
     if status in (200, 400):
-        try:
-            wrong: object = msgspec.json.decode(data)
-        except msgspec.DecodeError:
-            wrong = data.decode(errors="replace")
-        if isinstance(wrong, str):
-            raise InvalidRequest(f"The Megatron server refused this: {wrong.strip()}")
+        with suppress(msgspec.DecodeError):
+            wrong = msgspec.json.decode(data, type=str)
+            raise InvalidRequest(f"The Megatron server refused this: {wrong}")
     answer = _decoded(status, data, _Api)
     columns = (answer.text, answer.segments, answer.logprobs or answer.text)
     if any(len(column) != prompts for column in columns):
@@ -301,7 +305,7 @@ def _decoded(status: int, data: bytes, shape: type[_Shape]) -> _Shape:
     if status == 400:
         raise InvalidRequest(f"The Megatron server refused this: {told}")
     if status != 200:
-        raise UpstreamBroke(f"The Megatron server answered {status}: {told}")
+        raise ServerFailed(f"The Megatron server answered {status}: {told}")
     try:
         return msgspec.json.decode(data, type=shape)
     except msgspec.DecodeError as exc:
