@@ -13,18 +13,21 @@ from typing import TypedDict
 
 from fastapi import FastAPI
 
+from app import demo
 from app.api.rooms import Rooms
 from app.backends.base import Backend
 from app.backends.megatron import MegatronBackend
 from app.backends.vllm import VllmBackend
 from app.backends.wire import Limits
-from app.clock import SystemClock
+from app.clock import Clock, SystemClock
 from app.control import backends, embedded, trainers
+from app.control.backends import Embedded
 from app.control.declared import sync_declared
 from app.control.driver import Driver
 from app.control.probes import probe_of
-from app.control.tasks import collect_files, place, sweep
+from app.control.tasks import collect_files, expire_jobs, place, sweep
 from app.control.tasks.collect_files import CollectFiles
+from app.control.tasks.expire_jobs import ExpireJobs
 from app.control.tasks.flush_usage import FlushUsage
 from app.control.tasks.place import Place
 from app.control.tasks.publish import Publish
@@ -33,8 +36,9 @@ from app.control.tasks.sweep import Sweep
 from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url
 from app.db.file_store import FileStore
-from app.domain import AdapterVersion, Dialect, Probe, Replica
-from app.jobs.runner import Runner
+from app.domain import AdapterVersion, Dialect, JobKind, Probe, Replica
+from app.handlers.fine_tune import FineTune
+from app.jobs.runner import Handler, Runner
 from app.serving.batches import Batches
 from app.serving.coalesce import Coalescer
 from app.serving.fleet import Fleet
@@ -44,6 +48,7 @@ from app.serving.request_path import RequestPath
 from app.serving.snapshot import Snapshots
 from app.settings import BackendSettings, Settings
 from app.telemetry import Event, log
+from app.training.trainers import TrainerClient
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +116,20 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     collect = CollectFiles(db, files, clock)
     driver.add("collect_files", collect.activate, collect_files.PERIOD_S)
     known = trainers.declared(settings)
-    capacities: dict[str | None, int] = {each.name: each.max_jobs for each in known.values()}
+    worker = await _embedded_worker(combination.embedded, settings, db, clock)
+    if worker is not None and worker.trainer is not None:
+        known = {**known, worker.trainer.name: worker.trainer}
+    handlers: dict[JobKind, Handler] = {}
     runner = Runner(
-        db, clock, {}, capacities, token=secrets.token_hex(16), lease_s=settings.lease_s
+        db,
+        clock,
+        handlers,
+        {each.name: each.max_jobs for each in known.values()},
+        token=secrets.token_hex(16),
+        lease_s=settings.lease_s,
     )
+    expiring = ExpireJobs(db, clock, runner.wake)
+    driver.add("expire_jobs", expiring.activate, expire_jobs.PERIOD_S)
     rooms = Rooms(
         settings=settings,
         clock=clock,
@@ -133,13 +148,14 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         runner=runner,
         trainers=known,
         ask_trainer=trainers.ask,
+        expire_jobs=expiring,
     )
+    handlers[JobKind.FINE_TUNE] = FineTune(rooms, TrainerClient)
 
     async with db.begin() as session:
         await sync_declared(session, settings, clock)
-    worker = None
-    if await embedded.wanted(settings, db):
-        worker = embedded.EmbeddedWorker(settings, clock)
+    first = False
+    if worker is not None and combination.embedded is not None and combination.embedded.samples:
         first = await embedded.declare_pool(worker, db, clock)
     else:
         await embedded.retire(db, settings)
@@ -150,15 +166,23 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
 
     stack.push_async_callback(flush.activate)  # the last counts, once nothing runs any more
     await _keep_running(stack, driver.run(), "driver")
-    await _keep_running(stack, runner.run(), "runner")
     if worker is not None:
-        if first:
+        if first and combination.base_model == demo.BASE_NAME:
             await embedded.seed(rooms)
         await _keep_running(stack, worker.run(), "embedded worker")
+    await _keep_running(stack, runner.run(), "runner")
     gc.collect()
     gc.freeze()  # what is here now stays: keep it out of every later collection
     _announce(rooms)
     return rooms
+
+
+async def _embedded_worker(
+    plan: Embedded | None, settings: Settings, db: Database, clock: Clock
+) -> embedded.EmbeddedWorker | None:
+    if plan is None or not await embedded.wanted(plan, db):
+        return None
+    return embedded.EmbeddedWorker(settings, clock, plan)
 
 
 async def _find_probe(db: Database, version: AdapterVersion) -> Probe | None:

@@ -16,9 +16,11 @@ from importlib.util import find_spec
 from app import demo
 from app.clock import Clock
 from app.control import declared, pools
+from app.control.backends import Embedded
 from app.control.intake import PathSource
 from app.control.registration import Registration, Rooms, register
 from app.db.engine import Database
+from app.domain import Trainer
 from app.settings import PoolSettings, Settings, child_environment
 from app.telemetry import Event, log
 
@@ -39,8 +41,9 @@ class EmbeddedWorker:
     request that meets a restart waits in the socket's queue instead of being refused.
     """
 
-    def __init__(self, settings: Settings, clock: Clock) -> None:
+    def __init__(self, settings: Settings, clock: Clock, plan: Embedded) -> None:
         self._settings = settings
+        self._plan = plan
         self._clock = clock
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._process: asyncio.subprocess.Process | None = None
@@ -54,13 +57,21 @@ class EmbeddedWorker:
         """The pool this worker is the one replica of."""
         return PoolSettings(
             name=POOL,
-            base_model=demo.BASE_NAME,
-            base_model_path=demo.MODEL_DIR,
-            served_name=demo.BASE_NAME,
+            base_model=self._plan.base_model,
+            base_model_path=self._settings.worker_model or demo.MODEL_DIR,
+            served_name=self._plan.base_model,
             max_lora_rank=self._settings.worker_max_lora_rank,
             max_loras=self._settings.worker_max_loras,
             replicas=(self.url,),
         )
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """This worker as a trainer, if it is one."""
+        plan = self._plan
+        if plan.trains is None:
+            return None
+        return Trainer(POOL, plan.trains, plan.base_model, self.url, plan.max_jobs)
 
     async def run(self) -> None:
         """Keep a child running until cancelled; then end it and wait for it."""
@@ -117,13 +128,14 @@ class EmbeddedWorker:
             await process.wait()
 
 
-async def wanted(settings: Settings, db: Database) -> bool:
+async def wanted(plan: Embedded | None, db: Database) -> bool:
     """Whether to run the embedded worker: nobody set up a pool, and its parts are installed."""
-    if settings.embedded == "off" or settings.pools:
+    if plan is None:
         return False
-    async with db.read() as session:
-        if any(view.pool.name != POOL for view in await pools.list_(session)):
-            return False
+    if plan.samples:
+        async with db.read() as session:
+            if any(view.pool.name != POOL for view in await pools.list_(session)):
+                return False
     if find_spec("torch") is None or find_spec("peft") is None:
         log(
             logger,
