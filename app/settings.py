@@ -201,11 +201,16 @@ class Settings(BaseSettings):
         8192, ge=1, description="Prompt tokens the worker prefills in one pass."
     )
     worker_max_logprobs: int = Field(20, ge=0, description="Most logprobs a request may ask for.")
+    worker_api_key: SecretStr | None = Field(
+        None, description="The bearer token that a request to train must show."
+    )
     worker_trainer: Literal["off", "hf", "megatron"] = Field(
         "hf", description="Which engine the worker trains with, if any."
     )
-    worker_state_dir: Path = Field(
-        Path("~/.loragate/runs"), description="Where the worker keeps the states of its runs."
+    worker_state_dir: Path | None = Field(
+        None,
+        description="Where the worker keeps the states of its runs; `runs` in the data folder when "
+        "left out.",
     )
     worker_max_runs: int = Field(16, ge=1, description="Runs the worker keeps in memory.")
     worker_train_tokens: int = Field(
@@ -230,6 +235,11 @@ class Settings(BaseSettings):
         return [part for part in value.split(":") if part] if isinstance(value, str) else value
 
     @property
+    def runs_path(self) -> Path:
+        chosen = self.worker_state_dir
+        return chosen.expanduser().absolute() if chosen else self.data_path / "runs"
+
+    @property
     def files_path(self) -> Path:
         return self.data_path / "files"
 
@@ -248,6 +258,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
     """This program's environment for one it starts, with what its own options changed."""
     return {
         **os.environ,
+        "LORAGATE_DATA_DIR": str(settings.data_path),
         "LORAGATE_LOG_LEVEL": settings.log_level,
         "LORAGATE_LOG_FORMAT": settings.log_format,
     }

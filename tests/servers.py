@@ -80,7 +80,9 @@ def sim_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer
 def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
     """`loragate worker` with the demo model, alone."""
     port = free_port()
+    folder = tmp_path_factory.mktemp("worker")
     env = {
+        "LORAGATE_DATA_DIR": str(folder),
         "LORAGATE_WORKER_PORT": str(port),
         "LORAGATE_WORKER_MODEL": str(demo.MODEL_DIR),
         "LORAGATE_WORKER_SERVED_NAME": demo.BASE_NAME,
@@ -88,7 +90,7 @@ def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelSer
         "LORAGATE_WORKER_DEVICE": "cpu",
         "LORAGATE_WORKER_THREADS": "2",
     }
-    yield from _serve([LORAGATE, "worker"], env, port, tmp_path_factory.mktemp("worker"))
+    yield from _serve([LORAGATE, "worker"], env, port, folder)
 
 
 @pytest.fixture(scope="session")

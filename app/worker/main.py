@@ -13,8 +13,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypedDict
 
@@ -33,8 +33,12 @@ from app.worker.http.generate import chat_completions, completions
 from app.worker.http.health import features, health, metrics, show_version
 from app.worker.http.models import detokenize, load_adapter, models, tokenize, unload_adapter
 from app.worker.http.served import Served
+from app.worker.http.train import training_routes
+from app.worker.http.training import Training, training_with
 from app.worker.samplers.engine import Engine
-from app.worker.samplers.model import load_model
+from app.worker.samplers.model import CausalModel, load_model
+from app.worker.trainers.base import Trainer
+from app.worker.trainers.hf import HfTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -59,26 +63,53 @@ ROUTES = [
 ]
 
 
+#: From settings, the base's folder and name, and the sampler's model.
+MakeTrainer = Callable[[Settings, Path, str, CausalModel], Trainer]
+
+
 class State(TypedDict):
+    """`training` is None on a worker that does not train."""
+
     served: Served
+    training: Training | None
 
 
-def create_app(settings: Settings) -> Starlette:
+def make_trainer(settings: Settings, folder: Path, name: str, model: CausalModel) -> Trainer:
+    """The engine that the settings name, for the model the sampler serves."""
+    if settings.worker_trainer == "megatron":
+        from app.worker.trainers.megatron import MegatronTrainer
+
+        return MegatronTrainer.start(settings, folder, base_model=name)
+    return HfTrainer.beside(model, settings, base_model=name)
+
+
+def create_app(settings: Settings, make: MakeTrainer = make_trainer) -> Starlette:
     """The application; the model is read when it starts."""
+    trains = settings.worker_trainer != "off"
+    key = settings.worker_api_key
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[State]:
         folder = (settings.worker_model or DEMO_MODEL).expanduser().absolute()
         name = settings.worker_served_name or (folder.name if settings.worker_model else DEMO_NAME)
-        engine = Engine(await asyncio.to_thread(load_model, settings, folder), settings)
-        engine.start()
-        try:
-            yield {"served": Served(engine, settings, name, folder)}
-        finally:
-            await asyncio.to_thread(engine.stop)
+        model = await asyncio.to_thread(load_model, settings, folder)
+        async with AsyncExitStack() as stack:
+            engine = Engine(model, settings)
+            engine.start()
+            stack.push_async_callback(asyncio.to_thread, engine.stop)
+            training = None
+            if trains:
+                trainer = await asyncio.to_thread(make, settings, folder, name, model)
+                training = await stack.enter_async_context(
+                    training_with(trainer, engine, settings, name)
+                )
+            yield {"served": Served(engine, settings, name, folder), "training": training}
 
     return Starlette(
-        routes=ROUTES,
+        routes=[
+            *ROUTES,
+            training_routes(None if key is None else key.get_secret_value(), on=trains),
+        ],
         lifespan=lifespan,
         exception_handlers={
             LoragateError: answer,
@@ -96,7 +127,7 @@ async def _no_route(request: Request, exc: Exception) -> Response:
 
 
 class Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Says where it listens once it does, and holds nobody up who waits for an op when it ends."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -112,6 +143,12 @@ class Server(uvicorn.Server):
             model=served.name,
             max_model_len=served.engine.limits.max_model_len,
         )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        training: Training | None = self.lifespan.state.get("training")
+        if training is not None:
+            training.runs.let_go()
+        await super().shutdown(sockets=sockets)
 
 
 def run(settings: Settings, *, fd: int | None = None) -> None:

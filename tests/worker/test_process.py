@@ -35,6 +35,7 @@ def worker(
         "LORAGATE_WORKER_MODEL": str(tiny / "model"),
         "LORAGATE_WORKER_SERVED_NAME": "tiny",
         "LORAGATE_WORKER_THREADS": "1",
+        "LORAGATE_WORKER_STATE_DIR": str(tmp_path / "runs"),
         "LORAGATE_DRAIN_TIMEOUT_S": "20",
     }
     command = [sys.executable, "-m", "app.worker.main", "--exit-with-stdin"]

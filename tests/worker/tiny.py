@@ -143,12 +143,13 @@ def plain(root: Path, adapter: str | None) -> Any:
 
 
 def settings(root: Path, **values: Any) -> Settings:
+    given: dict[str, Any] = {"worker_state_dir": root / "runs", **values}
     return Settings(
         worker_model=root / "model",
         worker_served_name="tiny",
         worker_threads=1,
         worker_port=0,
-        **values,
+        **given,
     )
 
 

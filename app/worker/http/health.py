@@ -13,13 +13,16 @@ from starlette.responses import JSONResponse, Response
 
 from app.clock import SystemClock
 from app.worker.http.served import Served, served
+from app.worker.http.training import Training
 
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def health(request: Request) -> Response:
-    """200 while the engine lives, then 503."""
-    return Response(status_code=200 if served(request).engine.alive else 503)
+    """200 while the engine and the trainer live, then 503."""
+    training: Training | None = request.state.training
+    alive = served(request).engine.alive and (training is None or training.runs.alive)
+    return Response(status_code=200 if alive else 503)
 
 
 async def show_version(request: Request) -> Response:

@@ -43,6 +43,19 @@ class Tokens:
             )
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Ids, and the (begin, end) of the characters each stands for; no special ones added.
+
+        None if the tokenizer cannot tell.
+        """
+        if self._fast is None:
+            return None
+        with self._lock:
+            found = self.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+        return found["input_ids"], found["offset_mapping"]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         if self._fast is not None:
             text: str = self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
