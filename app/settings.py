@@ -125,7 +125,9 @@ class Settings(BaseSettings):
         15.0, gt=0, description="How long a job stays with a gateway that says nothing more of it."
     )
     job_attempts: int = Field(
-        5, ge=1, description="How often a job is begun anew after its gateway or worker was lost."
+        5,
+        ge=1,
+        description="How often in a row a job may lose its gateway or worker without one new step.",
     )
     trainer_patience_s: float = Field(
         60.0, gt=0, description="How long a running job waits for its worker to come back."

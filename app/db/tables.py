@@ -241,7 +241,8 @@ class JobRow(Row):
     `ix_jobs_lock` lets one running job hold a lock, whatever the code that claims does wrong.
     `claim_number` is the count of its trainer's claims at its last one: at each priority, the key
     that was served longest ago goes first. A job that was given back is not claimed again before
-    `not_before`.
+    `not_before`. Of `attempts` at most `max_attempts` are allowed, which grows by one after each
+    that made progress (`progressed_attempt`) or was not to blame.
     """
 
     __tablename__ = "jobs"
@@ -275,6 +276,7 @@ class JobRow(Row):
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     attempts: Mapped[int]
     max_attempts: Mapped[int]
+    progressed_attempt: Mapped[int] = mapped_column(server_default="0")
     claim_number: Mapped[int | None] = mapped_column(BigInteger)
     lease_token: Mapped[str | None] = mapped_column(String(64))
     lease_expires_at: Mapped[datetime | None]

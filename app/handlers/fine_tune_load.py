@@ -28,7 +28,7 @@ from app.jobs.context import JobContext
 from app.training.batches import Batches
 from app.training.loop import Loop, Position, Target
 from app.training.patience import Patience
-from app.training.plan import Hyperparameters, Plan, decide
+from app.training.plan import Hyperparameters, Plan, decide, default_targets
 from app.training.rendering import render
 from app.training.run import Run, TrainerHost
 from app.training.spec import FineTuneSpec
@@ -79,7 +79,7 @@ async def load(attempt: Attempt, spools: ExitStack) -> tuple[Loop, Recorder]:
     lora = LoraSpec(
         rank=spec.lora_rank,
         alpha=spec.lora_alpha,
-        target_modules=spec.target_modules or tuple(info.target_modules),
+        target_modules=spec.target_modules or default_targets(info.target_modules),
         seed=spec.seed,
     )
     facts = _facts(plan, lora, max_length, examples)

@@ -285,7 +285,7 @@ async def _let_go(
     delay_s: float = 0.0,
 ) -> JobStatus:
     """What becomes of a running job that nobody runs any more."""
-    if not count:
+    if not count or row.progressed_attempt == row.attempts:
         row.max_attempts += 1  # and not one attempt less: that is the fencing token
     if row.cancel_requested:
         await _cancel(session, clock, row)

@@ -94,7 +94,10 @@ def unknown(job_id: str, param: str | None = None) -> NotFound:
 async def add_events(
     session: AsyncSession, clock: Clock, row: JobRow, events: Sequence[NewEvent]
 ) -> None:
-    """Record events under the next numbers of a locked job, without the steps it has already."""
+    """Record events under the next numbers of a locked job, without the steps it has already.
+
+    A step that is new is progress, and an attempt that makes progress is not counted.
+    """
     steps = {event.step for event in events if event.step is not None}
     known = set()
     if steps:
@@ -107,6 +110,7 @@ async def add_events(
             if event.step in known:
                 continue
             known.add(event.step)
+            row.progressed_attempt = row.attempts
         row.last_event += 1
         session.add(event_row(clock, row, event))
     await session.flush()

@@ -54,6 +54,7 @@ def upgrade() -> None:
     sa.Column('error', sa.JSON(none_as_null=True), nullable=True),
     sa.Column('attempts', sa.Integer(), nullable=False),
     sa.Column('max_attempts', sa.Integer(), nullable=False),
+    sa.Column('progressed_attempt', sa.Integer(), server_default='0', nullable=False),
     sa.Column('claim_number', sa.BigInteger(), nullable=True),
     sa.Column('lease_token', sa.String(length=64), nullable=True),
     sa.Column('lease_expires_at', sa.DateTime(timezone=True), nullable=True),

@@ -223,6 +223,24 @@ async def test_an_end_undoes_what_came_with_it_when_the_lease_is_lost(jobs: Queu
         await jobs.read(queue.get, "side")
 
 
+async def test_an_attempt_that_makes_progress_is_not_counted(jobs: Queue) -> None:
+    await jobs.submit(max_attempts=2)
+    for step in range(1, 6):
+        running = await jobs.claimed()
+        lease = lease_of(running)
+        events = [metrics(known) for known in range(1, step + 1)]
+        await jobs.do(queue.heartbeat, lease, lease_s=LEASE_S, events=events)
+        status = await jobs.do(queue.give_back, lease, GONE, count=True)
+        assert status is JobStatus.QUEUED, step
+
+    ended = []
+    for _ in range(2):  # the steps it repeats are no progress
+        lease = lease_of(await jobs.claimed())
+        await jobs.do(queue.heartbeat, lease, lease_s=LEASE_S, events=[metrics(5)])
+        ended.append(await jobs.do(queue.give_back, lease, GONE, count=True))
+    assert ended == [JobStatus.QUEUED, JobStatus.FAILED]
+
+
 async def test_a_lost_job_is_tried_again_until_its_attempts_are_used_up(jobs: Queue) -> None:
     await jobs.submit(max_attempts=2)
     for status in (JobStatus.QUEUED, JobStatus.FAILED):
