@@ -125,7 +125,7 @@ class Settings(BaseSettings):
         15.0, gt=0, description="How long a job stays with a gateway that says nothing more of it."
     )
     job_attempts: int = Field(
-        5,
+        10,
         ge=1,
         description="How often in a row a job may lose its gateway or worker without one new step.",
     )
