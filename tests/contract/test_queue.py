@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -197,6 +198,11 @@ async def test_a_runner_that_lost_its_lease_writes_nothing(jobs: Queue) -> None:
     await zombie_writes(jobs, zombie)
     assert (await jobs.get(heir), await jobs.events(heir)) == before
     await jobs.do(queue.finish, lease_of(heir), {})
+
+
+async def test_another_s_token_holds_no_lease(jobs: Queue) -> None:
+    await jobs.submit()
+    await zombie_writes(jobs, replace(await jobs.claimed(), lease_token="gateway-2"))
 
 
 async def test_a_lease_that_ran_out_is_still_held_until_someone_takes_it(jobs: Queue) -> None:
