@@ -11,8 +11,8 @@ without the other.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Protocol
 
 from app.control import files
@@ -27,14 +27,12 @@ from app.jobs import queue
 from app.jobs.context import JobContext
 from app.jobs.queue import NewEvent
 from app.training.patience import Patience, Stopped
-from app.training.run import Run, TrainerHost
+from app.training.run import ConnectTrainer, Run
 from app.training.spec import FineTuneResult, FineTuneSpec
 
 #: How long the end of a job waits for its worker to forget the run; `tidy_runs` asks again.
 FORGET_S = 10.0
 _PAGE = 1000
-
-Connect = Callable[[Trainer], AbstractAsyncContextManager[TrainerHost]]
 
 
 class Rooms(fine_tune_load.Rooms, Protocol):
@@ -47,7 +45,7 @@ class Rooms(fine_tune_load.Rooms, Protocol):
 class FineTune:
     """The handler of fine-tune jobs: `jobs.runner.Handler`."""
 
-    def __init__(self, rooms: Rooms, connect: Connect) -> None:
+    def __init__(self, rooms: Rooms, connect: ConnectTrainer) -> None:
         self._rooms = rooms
         self._connect = connect
 

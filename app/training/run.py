@@ -6,11 +6,12 @@ It must not know: HTTP, SQL. docs/training-protocol.md says what each request me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from app.domain import LoraSpec
+from app.domain import LoraSpec, Trainer
 from app.ops import Message, Op, Rendered, Result, RunStatus, SavedFile, TrainerInfo
 
 
@@ -85,3 +86,7 @@ class TrainerHost(Protocol):
 
     def run(self, run_id: str) -> Run:
         """The run of that name, whether it exists yet or not."""
+
+
+#: Opens a connection to a worker, for as long as the context lasts.
+ConnectTrainer = Callable[[Trainer], AbstractAsyncContextManager[TrainerHost]]

@@ -39,6 +39,7 @@ from app.ops import (
     Rendered,
     Result,
     RunStatus,
+    RunSummary,
     SavedFile,
     SaveForSampling,
     SaveState,
@@ -110,7 +111,7 @@ class FakeWorker:
             max_length=self.max_length,
             target_modules=["q_proj", "v_proj"],
             parallel={},
-            runs=[],
+            runs=[RunSummary(run, run in self.live, 1) for run in {*self.live, *self.states}],
         )
 
     async def render(self, conversations: Sequence[Message], *, complete: bool) -> list[Rendered]:
