@@ -58,7 +58,7 @@ async def register(
         digest=trained.admitted.digest,
         facts=trained.admitted.facts,
         source=trained.admitted.source,
-        alias=_alias(trained.step),
+        alias=checkpoint_alias(trained.step),
         metadata=provenance,
         probe=trained.probe,
     )
@@ -84,8 +84,9 @@ async def register(
 
 def checkpoint_name(model: str, step: int) -> str:
     """What the weights of a step are asked for by, whatever comes after them."""
-    return f"{model}:{_alias(step)}"
+    return f"{model}:{checkpoint_alias(step)}"
 
 
-def _alias(step: int) -> str:
+def checkpoint_alias(step: int) -> str:
+    """The alias of the weights of a step."""
     return f"ckpt-step-{step}"

@@ -12,8 +12,10 @@ from openai.types.fine_tuning import FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.control import adapters
+from app.control.inspect_adapter import AdapterFacts
 from app.db.tables import CheckpointRow
-from app.domain import JobError, JobEventType, JobKind
+from app.domain import Job, JobError, JobEventType, JobKind
 from app.jobs import queue
 from app.jobs.runner import Runner
 from app.training.spec import FineTuneResult, FineTuneSpec
@@ -160,6 +162,38 @@ def test_from_running_to_a_model(gateway: Gateway, sdk: openai.OpenAI) -> None:
     for cursor in ("ftevent-x-1", f"{events[0].id}x", events[0].id[:-1] + "²"):
         with pytest.raises(openai.BadRequestError, match="after names no event"):
             sdk.fine_tuning.jobs.list_events(made.id, after=cursor)
+
+
+def test_nobody_reads_that_a_job_has_succeeded_before_its_model_is_served(
+    gateway: Gateway, sdk: openai.OpenAI
+) -> None:
+    for number in range(5):
+        made = create(sdk)
+        job = claim(gateway)
+        model = job.spec["model"]
+
+        async def end(
+            session: AsyncSession, job: Job = job, model: str = model, number: int = number
+        ) -> None:
+            await adapters.register(
+                session,
+                CLOCK,
+                name=model,
+                base_model=BASE,
+                digest=f"{number:064}",
+                facts=AdapterFacts(rank=4, target_modules=("q_proj",), tensors=2, bytes=9),
+                source="test",
+                alias="ckpt-step-6",
+            )
+            lease = queue.lease_of(job)
+            progress = {"total_steps": 6}
+            await queue.heartbeat(session, CLOCK, lease, lease_s=60, progress=progress)
+            result = FineTuneResult(model=model, trained_tokens=1)
+            await queue.finish(session, CLOCK, lease, result.to_json())
+
+        in_queue(gateway, end)
+        assert sdk.fine_tuning.jobs.retrieve(made.id).status == "succeeded"
+        assert {model, f"{model}:ckpt-step-6"} <= {each.id for each in sdk.models.list()}
 
 
 def test_a_failed_job_says_why(gateway: Gateway, sdk: openai.OpenAI) -> None:

@@ -6,6 +6,7 @@ an admin sees everybody's.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
@@ -27,8 +28,9 @@ from app.api.openai.shapes import OpenAiRoute, Trainer, owner_of
 from app.api.rooms import Rooms
 from app.control import fine_tune_jobs as jobs
 from app.control import fine_tuning
+from app.control.checkpoints import checkpoint_alias
 from app.control.fine_tune_jobs import JobView
-from app.domain import Job, Scope
+from app.domain import Job, JobStatus, Scope
 from app.errors import Forbidden, InvalidRequest, NotTrainable
 from app.serving.resolve import resolve
 
@@ -37,6 +39,9 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["Fine-tuning"], route_cl
 JobId = Annotated[str, Path(description="The job's id.", examples=[JOB_ID])]
 Limit = Annotated[int, Query(ge=1, le=100, description="At most so many.")]
 After = Annotated[str | None, Query(description="Those after this id, the page's last.")]
+
+#: How long after a job's end its model may not have come to this gateway yet.
+_FRESH = timedelta(minutes=1)
 
 _METADATA: dict[str, Any] = {
     "parameters": [
@@ -114,7 +119,9 @@ async def retrieve(job_id: JobId, rooms: InRooms, caller: Trainer) -> FineTuning
     """One job. While it waits, `queue_position` jobs go before it."""
     async with rooms.db.read() as session:
         job = await jobs.get(session, job_id, owner_of(caller))
-        return _json(rooms, await jobs.view(session, rooms.clock, job, rooms.trainers))
+        view = await jobs.view(session, rooms.clock, job, rooms.trainers)
+    await _settled(rooms, job)
+    return _json(rooms, view)
 
 
 @router.post(
@@ -216,6 +223,21 @@ def _metadata_of(request: Request) -> tuple[dict[str, str], bool]:
 async def _viewed(rooms: Rooms, job: Job) -> FineTuningJob:
     async with rooms.db.read() as session:
         return _json(rooms, await jobs.view(session, rooms.clock, job, rooms.trainers))
+
+
+async def _settled(rooms: Rooms, job: Job) -> None:
+    """Before anyone reads here that a job has succeeded, let this gateway serve what it made.
+
+    Whoever waits for that asks for the model next, sooner than the registry is looked at again.
+    """
+    if job.status is not JobStatus.SUCCEEDED or job.finished_at is None:
+        return
+    if rooms.clock.now() - job.finished_at > _FRESH:
+        return
+    adapter = rooms.snapshots.current.adapters.get(job.spec["model"])
+    last = checkpoint_alias(job.progress.get("total_steps", 0))
+    if adapter is None or last not in adapter.aliases:
+        await rooms.publish.settle()
 
 
 def _json(rooms: Rooms, view: JobView) -> FineTuningJob:
