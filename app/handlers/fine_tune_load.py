@@ -6,7 +6,7 @@ recorder it tells. What was decided by the first attempt is kept by the later on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from app.jobs.context import JobContext
 from app.training.batches import Batches
 from app.training.loop import Loop, Position, Target
 from app.training.patience import Patience
-from app.training.plan import Hyperparameters, Plan, decide, default_targets
+from app.training.plan import Hyperparameters, Plan, decide
 from app.training.rendering import render
 from app.training.run import Run, TrainerHost
 from app.training.spec import FineTuneSpec
@@ -79,7 +79,7 @@ async def load(attempt: Attempt, spools: ExitStack) -> tuple[Loop, Recorder]:
     lora = LoraSpec(
         rank=spec.lora_rank,
         alpha=spec.lora_alpha,
-        target_modules=spec.target_modules or default_targets(info.target_modules),
+        target_modules=spec.target_modules or _usual(info.target_modules),
         seed=spec.seed,
     )
     facts = _facts(plan, lora, max_length, examples)
@@ -134,6 +134,11 @@ async def _tokens(
         param=param,
     )
     return into
+
+
+def _usual(modules: Sequence[str]) -> tuple[str, ...]:
+    """All but the output layer: engines leave that out of prompt logprobs, or cannot serve it."""
+    return tuple(module for module in modules if module != "lm_head")
 
 
 async def _target(session: AsyncSession, base_model: str) -> Candidate:

@@ -42,9 +42,6 @@ MIN_TARGET_EXAMPLES, MAX_TARGET_EXAMPLES = 100, 25_000
 #: A job takes about this many steps at least, as far as its batches can be small enough.
 TARGET_STEPS, MAX_AUTO_BATCH = 100, 32
 
-#: Output layers by the names transformers gives them.
-OUTPUT_LAYERS = ("lm_head", "embed_out")
-
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     """What a job trains with; nothing is "auto" any more. `beta` is for `dpo` alone."""
@@ -62,13 +59,6 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     def to_json(self) -> dict[str, Any]:
         """JSON values only, for a job's progress and result."""
         return dict(msgspec.to_builtins(self))
-
-
-def default_targets(trainable: Iterable[str]) -> tuple[str, ...]:
-    """Every linear layer but the output, as PEFT's "all-linear": often it is the embedding too,
-    and not every engine applies an adapter to it.
-    """
-    return tuple(name for name in trainable if name not in OUTPUT_LAYERS)
 
 
 def decide(spec: FineTuneSpec, examples: int, hidden_size: int | None) -> Hyperparameters:

@@ -21,11 +21,10 @@ class FineTuneSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """A fine-tune job, as the caller wants it.
 
     `model` is the name its result gets (`ft:<base>:<suffix>:<id>`), decided at submission and
-    taken by no other. Files are ids. `target_modules` None stands for every linear layer but
-    the output.
-    `learning_rate` is absolute and wins over `learning_rate_multiplier`. `max_length` is in tokens
-    and never above the trainer's own. `warmup_ratio` is a fraction of all steps; `grad_clip_norm`
-    0 clips nothing.
+    taken by no other. Files are ids. `target_modules` None stands for all that the trainer has but
+    the output layer. `learning_rate` is absolute and wins over `learning_rate_multiplier`.
+    `max_length` is in tokens and never above the trainer's own. `warmup_ratio` is a fraction of
+    all steps; `grad_clip_norm` 0 clips nothing.
     """
 
     base_model: str

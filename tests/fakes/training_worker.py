@@ -109,7 +109,7 @@ class FakeWorker:
             max_runs=8,
             max_rank=64,
             max_length=self.max_length,
-            target_modules=["q_proj", "v_proj"],
+            target_modules=["q_proj", "v_proj", "lm_head"],
             parallel={},
             runs=[RunSummary(run, run in self.live, 1) for run in {*self.live, *self.states}],
         )
