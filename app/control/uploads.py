@@ -171,10 +171,14 @@ async def complete(
 ) -> Upload:
     """Make the joined bytes, which are stored under `digest`, the upload's file.
 
+    An upload that is completed stays as it is: a client may ask twice at once.
+
     Raises:
         NotFound, Conflict: as `add_part`.
     """
     upload = await show(session, clock, upload_id, owner, lock=True)
+    if upload.status is UploadStatus.COMPLETED:
+        return upload
     check_pending(upload)
     file = await files.create(
         session,

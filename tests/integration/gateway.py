@@ -54,6 +54,7 @@ class Gateway:
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=20)
+        self._sdks: list[openai.OpenAI] = []
         with _logging_kept():
             config = uvicorn.Config(
                 create_app(settings),
@@ -74,7 +75,8 @@ class Gateway:
             raise RuntimeError("the gateway did not start; its log says why")
 
     def close(self) -> None:
-        self.client.close()
+        for client in (self.client, *self._sdks):
+            client.close()
         self._server.should_exit = True
         self._served.result(timeout=20)
         self._socket.close()
@@ -86,9 +88,13 @@ class Gateway:
             await self._server.serve(sockets=[self._socket])
 
     def openai_client(self, key: str = "unused", **options: Any) -> openai.OpenAI:
-        """The real client. It repeats nothing, so that what a test sees happened once."""
+        """The real client. It repeats nothing, so that what a test sees happened once.
+
+        It is closed with the gateway, if not before.
+        """
         options = {"max_retries": 0, "timeout": 20} | options
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
+        self._sdks.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options))
+        return self._sdks[-1]
 
     def async_openai_client(self, key: str = "unused", **options: Any) -> openai.AsyncOpenAI:
         options = {"max_retries": 0, "timeout": 20} | options

@@ -7,7 +7,9 @@ import io
 import json
 import random
 import socket
+import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,17 @@ def form(*parts: tuple[str, bytes], end: bytes = b"--frontier--\r\n") -> bytes:
     return body + end
 
 
-def send(gateway: Gateway, body: bytes, kind: str | None = None) -> httpx.Response:
+def pieces(body: bytes, rng: random.Random) -> Iterator[bytes]:
+    """The body in packets of any size."""
+    while body:
+        at = rng.choice((1, 2, 7, 50, 10_000))
+        yield body[:at]
+        body = body[at:]
+
+
+def send(
+    gateway: Gateway, body: bytes | Iterator[bytes], kind: str | None = None
+) -> httpx.Response:
     kind = kind or f"multipart/form-data; boundary={BOUNDARY}"
     headers = {"content-type": kind}
     return gateway.client.post("/v1/files", content=body, headers=headers)
@@ -212,10 +224,12 @@ def test_a_form_of_any_bytes(gateway: Gateway) -> None:
             at, length = rng.randrange(len(body)), rng.choice((1, 1, 2, 10, 100))
             piece = rng.choice((b"", rng.randbytes(length), bytes(body[at : at + length]) * 2))
             body[at : at + length] = piece
-        answer = send(gateway, bytes(body))
+        answer = send(gateway, pieces(bytes(body), rng))
         statuses.add(answer.status_code)
         assert answer.status_code in (200, 400, 413), (answer.text, bytes(body))
     assert statuses >= {200, 400}
+    for _ in range(20):
+        assert send(gateway, pieces(form(PURPOSE, FILE), rng)).json()["bytes"] == len(LINES)
     kept = {file["id"] for file in gateway.client.get("/v1/files").json()["data"]}
     assert not [path for path in stored(gateway) if path.startswith("tmp")]
     for file_id in kept:
@@ -264,8 +278,6 @@ def test_a_client_that_leaves_leaves_nothing(gateway: Gateway) -> None:
 
 def test_a_large_file_is_never_whole_in_memory(gateway: Gateway) -> None:
     """The gateway runs in this process: what Python holds at most tells."""
-    import tracemalloc
-
     size = 48 << 20
 
     def sent() -> Iterator[bytes]:
@@ -351,6 +363,18 @@ def test_an_upload_in_parts(gateway: Gateway, client: openai.OpenAI) -> None:
     ):
         with pytest.raises(openai.ConflictError, match="is completed"):
             call()
+
+
+def test_an_upload_completed_several_times_at_once(gateway: Gateway, client: openai.OpenAI) -> None:
+    for _ in range(10):
+        upload = begin(client, 300_000)
+        parts = [client.uploads.parts.create(upload, data=b"x" * 100_000).id for _ in range(3)]
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(client.uploads.complete, upload, part_ids=parts) for _ in "1234"]
+            done = [each.result() for each in asked]
+        assert len({each.file.id for each in done if each.file}) == 1
+    assert stored(gateway) == [names(gateway, b"x" * 300_000)]
+    assert len(client.files.list().data) == 10
 
 
 def test_the_sdks_own_way_with_a_large_file(gateway: Gateway, client: openai.OpenAI) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from app.api.admin.shapes import Answer, Body
 from app.api.openai.shapes import unix, unix_or_none
 from app.control.fine_tuning import MAX_SEED, Wanted
-from app.domain import Checkpoint, Job, JobEvent, JobEventType
+from app.domain import Checkpoint, Job, JobEvent, JobEventType, JobStatus
 from app.errors import InvalidRequest
 from app.training.spec import FineTuneSpec, Method, Schedule
 
@@ -293,6 +293,7 @@ def job_json(
     """OpenAI's job object; `position` and `starts_in_s` of a job that waits."""
     spec = FineTuneSpec.from_json(job.spec)
     result = job.result or {}
+    running = job.status is JobStatus.RUNNING
     used = result.get("hyperparameters") or job.progress.get("hyperparameters") or {}
     hyperparameters = _echoed(spec, used)
     return FineTuningJob(
@@ -315,7 +316,7 @@ def job_json(
         integrations=[],
         metadata=dict(job.metadata),
         priority=job.priority,
-        estimated_finish=None if job.status.terminal else job.progress.get("estimated_finish"),
+        estimated_finish=job.progress.get("estimated_finish") if running else None,
         estimated_start=(
             None if starts_in_s is None else unix(now + timedelta(seconds=starts_in_s))
         ),

@@ -173,17 +173,10 @@ async def complete(
             return _upload_json(upload)
         uploads.check_pending(upload)
         await uploads.check_parts(session, upload, body.part_ids)
-    with rooms.files.incoming(upload.bytes) as incoming:
-        join = partial(rooms.files.join_parts, upload_id, body.part_ids, incoming)
-        try:
-            md5 = await in_thread(join)
-        except FileNotFoundError as exc:
-            raise Conflict(f"Upload {upload_id!r} ended meanwhile.") from exc
-        if body.md5 is not None and body.md5.lower() != md5:
-            raise InvalidRequest(f"The md5 is {md5}, not {body.md5[:64]!r}.", param="md5")
-        digest = await in_thread(lambda _: rooms.files.commit(incoming))
-        async with rooms.db.begin() as session:
-            done = await uploads.complete(session, rooms.clock, upload_id, owner, digest=digest)
+    try:
+        done = await _joined(rooms, upload, owner, body)
+    except FileNotFoundError:
+        done = await _ended_meanwhile(rooms, upload_id, owner)
     await _drop_parts(rooms, upload_id)
     return _upload_json(done)
 
@@ -200,6 +193,25 @@ async def cancel(upload_id: UploadId, rooms: InRooms, caller: Trainer) -> Upload
         upload = await uploads.cancel(session, rooms.clock, upload_id, owner_of(caller))
     await _drop_parts(rooms, upload_id)
     return _upload_json(upload)
+
+
+async def _joined(rooms: Rooms, upload: Upload, owner: str | None, body: Order) -> Upload:
+    with rooms.files.incoming(upload.bytes) as incoming:
+        md5 = await in_thread(partial(rooms.files.join_parts, upload.id, body.part_ids, incoming))
+        if body.md5 is not None and body.md5.lower() != md5:
+            raise InvalidRequest(f"The md5 is {md5}, not {body.md5[:64]!r}.", param="md5")
+        digest = await in_thread(lambda _: rooms.files.commit(incoming))
+        async with rooms.db.begin() as session:
+            return await uploads.complete(session, rooms.clock, upload.id, owner, digest=digest)
+
+
+async def _ended_meanwhile(rooms: Rooms, upload_id: str, owner: str | None) -> Upload:
+    """The upload, if what took its parts away was that somebody else completed it."""
+    async with rooms.db.read() as session:
+        upload = await uploads.show(session, rooms.clock, upload_id, owner)
+    if upload.status is not UploadStatus.COMPLETED:
+        raise Conflict(f"Upload {upload_id!r} ended meanwhile.")
+    return upload
 
 
 async def _drop_parts(rooms: Rooms, upload_id: str) -> None:
