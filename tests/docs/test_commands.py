@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from app.api import errors, health, openapi
 from app.api.admin import router as admin
 from app.api.admin.uploads import NewVersion
-from app.api.openai import models
+from app.api.openai import files, fine_tuning, models, uploads
 from app.cli import app as cli
 from app.settings import ClientSettings, PoolSettings, Settings
 from tests.docs.pages import Page, page, pages
@@ -95,7 +95,14 @@ def test_declared_pools_are_valid(page: Page) -> None:
 def routes() -> dict[str, set[str]]:
     """The paths of the API, as expressions, and their methods."""
     app = FastAPI(version="0")
-    for router in (health.router, models.router, admin):
+    for router in (
+        health.router,
+        models.router,
+        files.router,
+        uploads.router,
+        fine_tuning.router,
+        admin,
+    ):
         app.include_router(router)
     errors.install(app)
     openapi.install(app)
