@@ -44,6 +44,8 @@ _DISK = {
     errno.EROFS,
     errno.EIO,
     errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
     errno.EFBIG,
     errno.ESTALE,
 }
@@ -96,7 +98,7 @@ class States:
 
     def runs(self) -> Iterator[tuple[str, int]]:
         """Every run on disk and the number its next op would have; nothing is verified."""
-        with from_disk(), suppress(FileNotFoundError):
+        with from_disk(), suppress(FileNotFoundError, NotADirectoryError):
             for folder in sorted(self.root.iterdir()):
                 if NAME.fullmatch(folder.name) and folder.is_dir():
                     yield folder.name, max(_seqs(folder), default=0) + 1
