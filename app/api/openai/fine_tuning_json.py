@@ -65,7 +65,9 @@ class Hyperparameters(Body):
         "auto", description="The adapter's alpha; twice the rank if left out.", examples=[32]
     )
     target_modules: Auto | Annotated[list[Module], Field(min_length=1, max_length=64)] = Field(
-        "auto", description="Modules to adapt; all linear ones if left out.", examples=[["q_proj"]]
+        "auto",
+        description="Modules to adapt; all linear ones but the output layer if left out.",
+        examples=[["q_proj"]],
     )
     learning_rate: Auto | Annotated[Positive, Field(le=10)] = Field(
         "auto", description="The learning rate itself.", examples=[0.0002]
