@@ -72,7 +72,8 @@ def test_a_new_job(gateway: Gateway, sdk: openai.OpenAI) -> None:
     spec = FineTuneSpec.from_json(queued.spec)
     assert re.fullmatch(r"ft:tiny:pirate:[a-z0-9]{8}", spec.model)
     assert (spec.lora_rank, spec.lora_alpha, spec.target_modules) == (12, 24, None)
-    assert (queued.trainer, queued.lock, queued.max_attempts) == ("forge", None, 5)
+    attempts = gateway.settings.job_attempts
+    assert (queued.trainer, queued.lock, queued.max_attempts) == ("forge", None, attempts)
 
 
 def test_loras_own_hyperparameters(gateway: Gateway, sdk: openai.OpenAI) -> None:
