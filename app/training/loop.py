@@ -207,7 +207,6 @@ class Loop:
         """Cancel what has not begun, and tell what was done by then."""
         try:
             status = await self._run.cancel_ops()
-            self._tally = Tally(self._batches)
             for op in self._plan.ops(self._saves, self._done + 1):
                 if op.seq >= status.next_seq:
                     return

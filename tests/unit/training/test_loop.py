@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_killed_at_any_moment_it_comes_to_the_same(
 ) -> None:
     plain_worker = FakeWorker()
     expected = uninterrupted(made, plain_worker)
-    ways = ["gateway", "worker", "both", "connection"]
+    ways = ["gateway", "worker", "both", "connection", "pause"]
     faults = data.draw(st.dictionaries(st.integers(1, 150), st.sampled_from(ways), max_size=6))
     calls = 0
 
@@ -126,21 +127,26 @@ def test_killed_at_any_moment_it_comes_to_the_same(
             worker.kill()
         if way in ("gateway", "both"):
             raise GatewayKilled
-        if way is not None and request not in ("step", "epoch", "saves"):
+        if way == "pause":
+            patience.stop()
+        elif way is not None and request not in ("step", "epoch", "saves"):
             raise unavailable()
 
     worker = FakeWorker(eager=eager, trouble=trouble, op_s=0.5)
     kept = Kept(trouble=trouble, every=every)
 
     async def drive() -> None:
+        nonlocal patience
         for attempt in range(1, 10):
-            try:
-                assert await loop_of(worker, made, kept, fence=attempt).run()
-            except (GatewayKilled, TrainerUnavailable):  # given back
-                continue
-            return
+            patience = Patience(VirtualClock(), 60.0)
+            with suppress(GatewayKilled, TrainerUnavailable):  # given back
+                if await loop_of(worker, made, kept, fence=attempt, patience=patience).run():
+                    return
+                with suppress(RunLost):
+                    await FakeRun(worker, "job-1", fence=attempt).unload()
         raise AssertionError("too many attempts")
 
+    patience = Patience(VirtualClock(), 60.0)
     run(drive())
     assert kept.steps == expected.steps
     assert kept.epochs == expected.epochs
@@ -320,6 +326,24 @@ def test_a_worker_that_is_lost_at_one_place_again_and_again_is_given_up(made: Ba
         run(loop_of(worker, made, kept).run())
     assert opened == MAX_LOSSES + 1
     assert [step.step for step in kept.steps] == [1, 2]
+
+
+def test_a_worker_that_is_lost_at_every_op_is_waited_for_each_time(made: Batches) -> None:
+    expected = uninterrupted(made)
+    worker, kept = FakeWorker(), Kept()
+    furthest = 0
+
+    def trouble(request: str) -> None:
+        nonlocal furthest
+        if request == "performed" and worker.live["job-1"].state.next_seq > furthest:
+            furthest = worker.live["job-1"].state.next_seq
+            worker.kill()
+            raise unavailable()
+
+    worker.trouble = trouble
+    assert run(loop_of(worker, made, kept).run())
+    assert furthest == 20
+    assert kept.steps == expected.steps
 
 
 def test_an_attempt_that_was_overtaken_stops(made: Batches) -> None:
