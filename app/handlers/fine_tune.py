@@ -18,7 +18,7 @@ from typing import Protocol
 from app.control import files
 from app.db.file_store import FileStore
 from app.domain import Job, JobEvent, JobEventType, Trainer
-from app.errors import LoragateError, NotTrainable, RequestError, TrainerError
+from app.errors import Conflict, LoragateError, NotTrainable, RequestError, TrainerError
 from app.handlers import fine_tune_load
 from app.handlers.fine_tune_load import Attempt, load
 from app.handlers.fine_tune_recorder import Recorder
@@ -157,7 +157,9 @@ async def _cancel(attempt: Attempt, recorder: Recorder | None) -> None:
 
 async def _lay_aside(attempt: Attempt, recorder: Recorder | None) -> None:
     """Let others have the worker's memory; the run's state brings everything back."""
-    with suppress(TrainerError):  # away, or without the run: its last state is what there is
+    # Away, without the run, or busy with ops that it could not be told to cancel: the next attempt
+    # finds what there is.
+    with suppress(TrainerError, Conflict):
         await attempt.run.unload()
     ctx, progress = attempt.ctx, None
     if recorder is not None:

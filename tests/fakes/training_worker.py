@@ -239,7 +239,8 @@ class FakeRun:
     async def unload(self) -> None:
         self.worker.trouble("unload")
         live = self._found()
-        assert not live.waiting, "ops are waiting"
+        if live.waiting:
+            raise Conflict("ops are waiting")
         self.worker.states[self.run_id] = copy.deepcopy(live.state)
         del self.worker.live[self.run_id]
 

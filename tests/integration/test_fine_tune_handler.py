@@ -55,7 +55,7 @@ from app.settings import Settings
 from app.training.run import TrainerHost
 from app.training.spec import FineTuneResult, FineTuneSpec
 from tests.fakes.adapters import BASE_CONFIG, write_adapter
-from tests.fakes.training_worker import FakeWorker, unavailable
+from tests.fakes.training_worker import FakeWorker, no_trouble, unavailable
 from tests.unit.training.made import LORA
 from tests.waiting import until
 
@@ -466,6 +466,33 @@ async def test_paused_and_resumed_it_goes_on_exactly(desk: Desk, training: File,
     resumed["events"] = [e for e in resumed["events"] if "pause" not in e[0]]
     assert resumed == expected
     assert len(desk.worker.done) == 2 * before, "something was done twice"
+
+
+async def test_paused_while_the_worker_cannot_be_told_it_loses_nothing(
+    desk: Desk, training: File
+) -> None:
+    plain = await desk.submit(training)
+    await desk.attempt()
+    job = await desk.submit(training)
+    context = await desk.claim()
+
+    def trouble(request: str) -> None:
+        if request == "performed":
+            context._see(Flags(pause=True))
+        if request == "cancel_ops":
+            raise unavailable()
+
+    desk.worker.trouble = trouble
+    async with desk.db.begin() as session:
+        await queue.request_pause(session, desk.clock, job.id)
+    await desk.handler(context.job, context)
+    assert (await desk.get(job.id)).status is JobStatus.PAUSED
+    desk.worker.trouble = no_trouble
+    async with desk.db.begin() as session:
+        await queue.resume(session, desk.clock, job.id)
+    await desk.attempt()
+    resumed = await desk.outcome(job.id)
+    assert resumed["versions"] == (await desk.outcome(plain.id))["versions"]
 
 
 async def test_stopped_before_it_began_it_can_begin_later(desk: Desk, training: File) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.errors import Fenced, NonFiniteLoss, RunLost, TrainerBusy, TrainerUnavailable
+from app.errors import Conflict, Fenced, NonFiniteLoss, RunLost, TrainerBusy, TrainerUnavailable
 from app.training.batches import Batches
 from app.training.loop import LOOK_AHEAD, MAX_LOSSES
 from app.training.patience import Patience
@@ -142,7 +142,7 @@ def test_killed_at_any_moment_it_comes_to_the_same(
             with suppress(GatewayKilled, TrainerUnavailable):  # given back
                 if await loop_of(worker, made, kept, fence=attempt, patience=patience).run():
                     return
-                with suppress(RunLost):
+                with suppress(RunLost, Conflict):
                     await FakeRun(worker, "job-1", fence=attempt).unload()
         raise AssertionError("too many attempts")
 
