@@ -37,6 +37,7 @@ from app.worker.http.train import training_routes
 from app.worker.http.training import Training, training_with
 from app.worker.samplers.engine import Engine
 from app.worker.samplers.model import CausalModel, load_model
+from app.worker.trainers import megatron
 from app.worker.trainers.base import Trainer
 from app.worker.trainers.hf import HfTrainer
 
@@ -77,9 +78,7 @@ class State(TypedDict):
 def make_trainer(settings: Settings, folder: Path, name: str, model: CausalModel) -> Trainer:
     """The engine that the settings name, for the model the sampler serves."""
     if settings.worker_trainer == "megatron":
-        from app.worker.trainers.megatron import MegatronTrainer
-
-        return MegatronTrainer.start(settings, folder, base_model=name)
+        return megatron.MegatronTrainer.start(settings, folder, base_model=name)
     return HfTrainer.beside(model, settings, base_model=name)
 
 
@@ -154,6 +153,8 @@ class Server(uvicorn.Server):
 def run(settings: Settings, *, fd: int | None = None) -> None:
     """Serve until told to stop; running requests may finish within `drain_timeout_s`."""
     configure_logging(settings.log_level, settings.log_format)
+    if settings.worker_trainer == "megatron" and megatron.follow(settings):
+        return
     config = uvicorn.Config(
         create_app(settings),
         host=settings.worker_host,

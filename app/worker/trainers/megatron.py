@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from app.domain import LoraSpec, Probe
 from app.errors import (
@@ -25,15 +26,16 @@ from app.errors import (
     TrainingFailed,
 )
 from app.ops import OptimStep
-from app.settings import Settings
+from app.settings import Settings, TorchrunSettings
 from app.worker import losses
 from app.worker.trainers import runfiles
 from app.worker.trainers.base import Facts, Pass, PassResult
 from app.worker.trainers.lora import Layout
+from app.worker.trainers.megatron_launch import Plan, launch
+from app.worker.trainers.megatron_shapes import shapes
 
 if TYPE_CHECKING:
     # Not before `start`: the worker of another engine has no Megatron.
-    from app.worker.trainers.megatron_groups import Plan
     from app.worker.trainers.megatron_ranks import Team
 
 #: The vectors of a run that its state holds.
@@ -69,9 +71,18 @@ class MegatronTrainer:
             TrainerUnavailable: a rank did not start.
         """
         _require()
+        wanted = plan(settings, folder)
+        given = TorchrunSettings()
+        if given.world_size not in (None, wanted.ranks):
+            raise ConfigurationError(
+                f"torchrun started {given.world_size} ranks, but LORAGATE_WORKER_TENSOR_PARALLEL, "
+                f"_PIPELINE_PARALLEL and _DATA_PARALLEL ask for {wanted.tp} * {wanted.pp} * "
+                f"{wanted.dp}. Make them equal."
+            )
+        launched = launch(wanted, settings) if given.rank is None else None
         from app.worker.trainers.megatron_ranks import lead
 
-        return cls(lead(plan(settings, folder), settings), base_model or str(folder))
+        return cls(lead(wanted, launched), base_model or str(folder))
 
     @property
     def facts(self) -> Facts:
@@ -155,8 +166,6 @@ def plan(settings: Settings, folder: Path) -> Plan:
     Raises:
         ConfigurationError: a setting this engine cannot have.
     """
-    from app.worker.trainers.megatron_groups import Plan
-
     device = device_of(settings)
     dtype = settings.worker_dtype
     if dtype == "auto":
@@ -166,12 +175,15 @@ def plan(settings: Settings, folder: Path) -> Plan:
             "LORAGATE_WORKER_DTYPE is float16, which the Megatron trainer cannot train in without "
             "scaling its losses; it knows float32 and bfloat16."
         )
+    tp, pp = settings.worker_tensor_parallel, settings.worker_pipeline_parallel
+    # Here already: it would be a pity to start ranks for a model they cannot have.
+    shapes(AutoConfig.from_pretrained(folder, local_files_only=True), folder, tp, pp)
     return Plan(
         folder=str(folder),
         device=device,
         dtype=dtype,
-        tp=settings.worker_tensor_parallel,
-        pp=settings.worker_pipeline_parallel,
+        tp=tp,
+        pp=pp,
         dp=settings.worker_data_parallel,
         train_tokens=settings.worker_train_tokens,
         recompute=settings.worker_gradient_checkpointing,
@@ -191,7 +203,7 @@ def follow(settings: Settings) -> bool:
     _require()
     from app.worker.trainers import megatron_ranks
 
-    return megatron_ranks.follow(settings, device_of(settings))
+    return megatron_ranks.follow(device_of(settings))
 
 
 def _require() -> None:

@@ -27,7 +27,8 @@ from app.worker.trainers.base import Example, Pass, PassResult
 from app.worker.trainers.lora import Layout
 from app.worker.trainers.megatron_batches import batches, deal
 from app.worker.trainers.megatron_core import parallel_state
-from app.worker.trainers.megatron_groups import Plan, Ranks
+from app.worker.trainers.megatron_groups import Ranks
+from app.worker.trainers.megatron_launch import Plan
 from app.worker.trainers.megatron_lora import Adapted, Local
 from app.worker.trainers.megatron_model import build
 from app.worker.trainers.megatron_stage import Stage, Through

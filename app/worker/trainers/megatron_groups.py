@@ -6,7 +6,6 @@ channel for objects beside it. It must not know: who started the processes, what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from app.worker.trainers.megatron_core import parallel_state
+from app.worker.trainers.megatron_launch import Plan
 
 T = TypeVar("T")
 
@@ -21,25 +21,6 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 #: Between two calls there may be any time.
 IDLE_TIMEOUT = timedelta(days=365)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What every rank must agree on."""
-
-    folder: str
-    device: str
-    dtype: str
-    tp: int
-    pp: int
-    dp: int
-    train_tokens: int
-    recompute: bool
-    threads: int | None
-
-    @property
-    def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
 
 
 class Ranks:
@@ -50,8 +31,9 @@ class Ranks:
         self.device = torch.device(plan.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", (self.device.index or 0) + local_rank)
-        # Of its own: idling must not count as a rank that hangs, and it must not need a GPU.
-        self._control = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        # Objects need no GPU; and idling must not count as a rank that hangs.
+        self._calls = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        self._answers = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         self.settle()
         parallel_state.initialize_model_parallel(
             plan.tp,
@@ -68,12 +50,12 @@ class Ranks:
     def say(self, call: tuple[Any, ...]) -> None:
         """Rank 0: tell the others."""
         if self.plan.ranks > 1:
-            dist.broadcast_object_list([call], src=0, group=self._control)
+            dist.broadcast_object_list([call], src=0, group=self._calls)
 
     def hear(self) -> tuple[Any, ...]:
         """The others: wait for what rank 0 says."""
         heard: list[Any] = [None]
-        dist.broadcast_object_list(heard, src=0, group=self._control)
+        dist.broadcast_object_list(heard, src=0, group=self._calls)
         return tuple(heard[0])
 
     def exchange(self, mine: T) -> list[T]:
@@ -81,7 +63,7 @@ class Ranks:
         if self.plan.ranks == 1:
             return [mine]
         found: list[Any] = [None] * self.plan.ranks
-        dist.all_gather_object(found, mine, group=self._control)
+        dist.all_gather_object(found, mine, group=self._answers)
         return found
 
     def leave(self) -> None:

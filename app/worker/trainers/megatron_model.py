@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from app.errors import ConfigurationError
 from app.worker.trainers.megatron_core import (
     GPTModel,
     TransformerConfig,
@@ -35,9 +34,6 @@ from app.worker.trainers.megatron_core import (
 from app.worker.trainers.megatron_packing import PackedAttention
 from app.worker.trainers.megatron_shapes import Shapes, shapes
 from app.worker.trainers.megatron_weights import Weights
-
-# What depends on nothing but the model; Llama 3's stretched positions among them.
-ROPE_TYPES = ("default", "linear", "llama3")
 
 
 class Layer(TransformerLayer):  # type: ignore[misc]
@@ -131,30 +127,20 @@ def build(
     """This rank's part of a model, frozen. Megatron's parallel state must be set up.
 
     Raises:
-        ConfigurationError: a model this engine cannot compute, or a layout it cannot have.
+        ConfigurationError: a model this engine cannot compute, or that lacks a weight.
     """
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    sizes = shapes(config, folder, ranks)
-    if sizes.layers % stages:
-        raise ConfigurationError(
-            f"{folder} has {sizes.layers} layers, which {stages} stages cannot share equally. "
-            "Set LORAGATE_WORKER_PIPELINE_PARALLEL to a divisor."
-        )
-    rope = LlamaRotaryEmbedding(config)
-    if rope.rope_type not in ROPE_TYPES:
-        raise ConfigurationError(
-            f"{folder} has positions of the type {rope.rope_type!r}; the Megatron trainer knows "
-            f"{', '.join(ROPE_TYPES)}. Set LORAGATE_WORKER_TRAINER=hf."
-        )
+    sizes = shapes(config, folder, ranks, stages)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _gpt(config, sizes, stages, dtype)
     for layer in model.decoder.layers:
         layer.recompute = recompute
     model.requires_grad_(False).to(device, dtype).eval()
-    model.prepare(sizes, rope.inv_freq.to(device, torch.float32))
+    frequencies = LlamaRotaryEmbedding(config).inv_freq
+    model.prepare(sizes, frequencies.to(device, torch.float32))
     with torch.no_grad():
         _fill(model, sizes, Weights(folder), tied=config.tie_word_embeddings)
     return model, sizes

@@ -1,7 +1,7 @@
-"""Starting the ranks of one trainer, and ending them together.
+"""The ranks of one trainer, which do the same and end together.
 
-What comes in: a plan. What goes out: on rank 0 an engine that is called on every rank; the other
-ranks' program. It must not know: what is called.
+What comes in: a plan, and processes that were started. What goes out: on rank 0 an engine that is
+called on every rank; the other ranks' program. It must not know: what is called.
 
 Rank 0 is the worker itself. It starts the others, unless torchrun did: then the other ranks are
 workers whose environment says so. Rank 0 ending, however it does, ends the others. The end of
@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import socket
+import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,18 +25,16 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 
-from app.errors import ConfigurationError, LoragateError, TrainerUnavailable
-from app.settings import Settings, TorchrunSettings, child_environment
+from app.errors import ConfigurationError, LoragateError
+from app.settings import Settings, TorchrunSettings
 from app.telemetry import Event, configure_logging
 from app.worker.trainers.megatron_engine import Engine
-from app.worker.trainers.megatron_groups import COLLECTIVE_TIMEOUT, Plan, Ranks
+from app.worker.trainers.megatron_groups import COLLECTIVE_TIMEOUT, Ranks
+from app.worker.trainers.megatron_launch import Launched, Plan, store_of
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
-JOIN_TIMEOUT_S = 120.0
 STDIN = 0
 #: Exit status of a process that lost its ranks (EX_SOFTWARE of sysexits.h).
 LOST = 70
@@ -91,108 +88,47 @@ class Team:
             _end(f"rank {rank} ended with status {status}")
 
 
-def lead(plan: Plan, settings: Settings) -> Team:
-    """Become rank 0 and have the model on all ranks.
+def lead(plan: Plan, launched: Launched | None) -> Team:
+    """Become rank 0 and have the model on all ranks: those that were launched, or torchrun's.
 
     Raises:
-        ConfigurationError: torchrun started another number of ranks than the settings say, or the
-            model cannot be cut so.
-        TrainerUnavailable: a rank that was started ended before it joined.
+        ConfigurationError: the model's folder lacks a weight.
+        TrainerUnavailable: a rank that was launched ended before it joined.
     """
     given = TorchrunSettings()
-    children: list[subprocess.Popen[bytes]] = []
-    if given.rank is None:
-        children = _start(plan, settings)
-    elif given.world_size == plan.ranks:
-        dist.init_process_group(_backend(plan.device), timeout=COLLECTIVE_TIMEOUT)
-    else:
-        raise ConfigurationError(
-            f"torchrun started {given.world_size} ranks, but LORAGATE_WORKER_TENSOR_PARALLEL, "
-            f"_PIPELINE_PARALLEL and _DATA_PARALLEL ask for {plan.tp} * {plan.pp} * {plan.dp}. "
-            "Make them equal."
+    if launched is not None:
+        launched.join()
+        dist.init_process_group(
+            _backend(plan.device),
+            store=launched.store,
+            rank=0,
+            world_size=plan.ranks,
+            timeout=COLLECTIVE_TIMEOUT,
         )
+    else:
+        dist.init_process_group(_backend(plan.device), timeout=COLLECTIVE_TIMEOUT)
     dist.broadcast_object_list([plan], src=0)
     ranks = Ranks(plan, 0, given.local_rank)
-    team = Team(ranks, Engine(plan, ranks), children)
+    team = Team(ranks, Engine(plan, ranks), launched.children if launched else ())
     team.watch()
     return team
 
 
-def follow(settings: Settings, device: str) -> bool:
+def follow(device: str) -> bool:
     """Under torchrun, be one of the other ranks until rank 0 ends. False: this is rank 0."""
     given = TorchrunSettings()
     if not given.rank:
         return False
-    configure_logging(settings.log_level, settings.log_format)
     dist.init_process_group(_backend(device), timeout=COLLECTIVE_TIMEOUT)
     _serve(given.rank, given.local_rank)
     return True
 
 
-def _start(plan: Plan, settings: Settings) -> list[subprocess.Popen[bytes]]:
-    """Start the other ranks on this host, and join them."""
-    # Bound to loopback by us: torch's own store listens on every interface.
-    listener = socket.create_server((LOOPBACK, 0))
-    port = listener.getsockname()[1]
-    store = TCPStore(
-        LOOPBACK,
-        port,
-        plan.ranks,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
-    words = ["--ranks", str(plan.ranks), "--port", str(port), "--device", plan.device]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, "--rank", str(rank), *words],
-            stdin=subprocess.PIPE,
-            env=child_environment(settings),
-        )
-        for rank in range(1, plan.ranks)
-    ]
-    try:
-        _await_all(store, children)
-    except TrainerUnavailable:
-        for child in children:
-            child.kill()
-        raise
-    dist.init_process_group(
-        _backend(plan.device),
-        store=store,
-        rank=0,
-        world_size=plan.ranks,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
-    return children
-
-
-def _await_all(store: TCPStore, children: Sequence[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + JOIN_TIMEOUT_S
-    for rank, child in enumerate(children, start=1):
-        while not store.check([_joined(rank)]):
-            if child.poll() is not None:
-                raise TrainerUnavailable(
-                    f"Rank {rank} of the Megatron trainer ended with status {child.returncode} "
-                    "before it joined; its last lines say why."
-                )
-            if time.monotonic() > deadline:
-                raise TrainerUnavailable(
-                    f"Rank {rank} of the Megatron trainer did not join in {JOIN_TIMEOUT_S:.0f} s."
-                )
-            time.sleep(0.02)
-
-
-def _join(rank: int, ranks: int, port: int, device: str) -> None:
-    store = TCPStore(LOOPBACK, port, ranks, is_master=False)
-    store.set(_joined(rank), "1")
-    dist.init_process_group(
-        _backend(device), store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
-    )
-
-
 def _serve(rank: int, local_rank: int) -> None:
     """Do what rank 0 says until it says to end, or is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # They may be sent to the whole group; rank 0 then ends the others when it is ready.
+        signal.signal(number, signal.SIG_IGN)
     heard: list[Any] = [None]
     dist.broadcast_object_list(heard, src=0)
     plan: Plan = heard[0]
@@ -247,10 +183,6 @@ def _backend(device: str) -> str:
     return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
 
 
-def _joined(rank: int) -> str:
-    return f"joined/{rank}"
-
-
 def main() -> None:
     """One of the other ranks, started by rank 0."""
     parser = argparse.ArgumentParser(description="A rank of a Megatron trainer.")
@@ -262,7 +194,13 @@ def main() -> None:
     settings = Settings()
     configure_logging(settings.log_level, settings.log_format)
     _end_with_parent()
-    _join(given.rank, given.ranks, given.port, given.device)
+    dist.init_process_group(
+        _backend(given.device),
+        store=store_of(given.port, given.rank, given.ranks),
+        rank=given.rank,
+        world_size=given.ranks,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
     _serve(given.rank, given.rank)
 
 

@@ -34,6 +34,9 @@ PROJECTIONS = (
 )
 #: Families that differ from Llama by a bias on q, k and v, or by norms on q and k, at most.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FULL = "full_attention"
+#: Angles that depend on nothing but the position; Llama 3's stretched ones among them.
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +125,19 @@ class Shapes:
         return (cut.size, self.hidden) if cut.dim == 0 else (self.hidden, cut.size)
 
 
-def shapes(config: Any, folder: Path, ranks: int) -> Shapes:
+def shapes(config: Any, folder: Path, ranks: int, stages: int) -> Shapes:
     """The shapes of a Hugging Face config.
 
     Raises:
-        ConfigurationError: a model that this engine would compute wrongly.
+        ConfigurationError: a model that this engine would compute wrongly, or layers that the
+            stages cannot share equally.
     """
-    if config.model_type not in FAMILIES:
-        raise _refused(folder, f"is a {config.model_type} model", f"trains {', '.join(FAMILIES)}")
-    if config.hidden_act != "silu":
-        raise _refused(folder, f"has hidden_act {config.hidden_act!r}", "knows silu")
-    windows = [kind for kind in getattr(config, "layer_types", None) or () if kind != FULL]
-    if windows or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
-        raise _refused(folder, "has layers with sliding attention", "knows full attention")
-    if config.model_type == "llama" and (config.attention_bias or config.mlp_bias):
-        raise _refused(folder, "has biases in its linears", "knows none in Llama")
-    if config.model_type == "qwen3" and config.attention_bias:
-        raise _refused(folder, "has attention_bias", "knows none in Qwen3")
+    _check(config, folder)
+    if config.num_hidden_layers % stages:
+        raise ConfigurationError(
+            f"{folder} has {config.num_hidden_layers} layers, which {stages} stages cannot share "
+            "equally. Set LORAGATE_WORKER_PIPELINE_PARALLEL to a divisor."
+        )
     head_dim = getattr(config, "head_dim", None)
     return Shapes(
         layers=config.num_hidden_layers,
@@ -153,7 +152,25 @@ def shapes(config: Any, folder: Path, ranks: int) -> Shapes:
     )
 
 
-FULL = "full_attention"
+def _check(config: Any, folder: Path) -> None:
+    if config.model_type not in FAMILIES:
+        raise _refused(folder, f"is a {config.model_type} model", f"trains {_listed(FAMILIES)}")
+    if config.hidden_act != "silu":
+        raise _refused(folder, f"has hidden_act {config.hidden_act!r}", "knows silu")
+    windows = [kind for kind in getattr(config, "layer_types", None) or () if kind != FULL]
+    if windows or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
+        raise _refused(folder, "has layers with sliding attention", "knows full attention")
+    if config.model_type == "llama" and (config.attention_bias or config.mlp_bias):
+        raise _refused(folder, "has biases in its linears", "knows none in Llama")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise _refused(folder, "has attention_bias", "knows none in Qwen3")
+    if (kind := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
+        found = f"has positions of the type {kind!r}"
+        raise _refused(folder, found, f"knows {_listed(ROPE_TYPES)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
 
 
 def _multiple(number: int, of: int) -> int:
