@@ -1,7 +1,7 @@
 """A Megatron trainer in a process of its own, to be asked from a test.
 
-What comes in: a socket's path and settings as JSON. What goes out: the answers of the trainer's
-methods, pickled. It is a process because Megatron's parallel state is one for each.
+What comes in: settings. What goes out: what the trainer's methods answer or raise. It is a process
+because Megatron has one parallel state for each.
 """
 
 from __future__ import annotations
@@ -11,40 +11,66 @@ import os
 import pickle
 import subprocess
 import sys
-from multiprocessing.connection import Client, Connection, Listener
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
 from app.errors import LoragateError
 from app.settings import Settings
+from app.telemetry import configure_logging
 from app.worker.trainers.megatron import MegatronTrainer, follow
+
+PYTHON = (sys.executable, "-m")
+NAME = "tests.worker.megatron_lab"
 
 
 class Lab:
-    """The test's side: `lab.probe(…)` is what the trainer's `probe` answers or raises."""
+    """The test's side: `lab.probe(…)` is what the trainer's `probe` answers or raises.
 
-    def __init__(self, folder: Path, launcher: tuple[str, ...] = (), **values: Any) -> None:
-        listener = Listener(str(folder / "lab"))
-        command = [*(launcher or (sys.executable, "-m")), __name__]
-        words = [listener.address, json.dumps({"worker_device": "cpu", **values}, default=str)]
-        self.process = subprocess.Popen(
-            [*command, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        self._connection: Connection[Any, Any] = listener.accept()
-        listener.close()
-        self._answer()
+    `lab.ask("a.b", …)` reaches what the trainer has inside.
+    """
+
+    def __init__(
+        self, folder: Path, *, launcher: Sequence[str] = PYTHON, **settings: object
+    ) -> None:
+        values = {"worker_device": "cpu", **settings}
+        with Listener(str(folder / "lab")) as listener:
+            self.log = folder / "log"
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    [*launcher, NAME, str(listener.address), json.dumps(values, default=str)],
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    stdout=log,
+                    stderr=log,
+                )
+            self._connection = listener.accept()
+        self._begun()
+
+    def again(self, **settings: object) -> None:
+        """Another trainer in the same process, once the last is closed."""
+        self._connection.send_bytes(pickle.dumps({"worker_device": "cpu", **settings}))
+        self._begun()
+
+    def _begun(self) -> None:
+        try:
+            self._answer()
+        except LoragateError:
+            self.process.wait(30)
+            raise
 
     def __getattr__(self, method: str) -> Any:
-        def ask(*args: Any, **kwargs: Any) -> Any:
-            self._connection.send_bytes(pickle.dumps((method, args, kwargs)))
-            return self._answer()
+        return lambda *args, **kwargs: self.ask(method, *args, **kwargs)
 
-        return ask
+    def ask(self, path: str, *args: object, **kwargs: object) -> Any:
+        self._connection.send_bytes(pickle.dumps((path, args, kwargs)))
+        return self._answer()
 
     def end(self) -> int:
         """Close the trainer; the process's exit status."""
-        if self.process.poll() is None:
-            self.close()
+        self.ask("close")
+        self._connection.close()
         return self.process.wait(30)
 
     def _answer(self) -> Any:
@@ -55,29 +81,37 @@ class Lab:
 
 
 def main(address: str, values: str) -> None:
-    settings = Settings(**json.loads(values))
+    given = json.loads(values)
+    settings = Settings(**given)
+    configure_logging(settings.log_level, settings.log_format)
     if follow(settings):
         return
+    with Client(address) as connection, suppress(EOFError):
+        while True:
+            try:
+                _serve(connection, Settings(**given))
+            except LoragateError as exc:
+                connection.send_bytes(pickle.dumps(exc))
+                return
+            given = pickle.loads(connection.recv_bytes())
+
+
+def _serve(connection: Any, settings: Settings) -> None:
+    """One trainer, until it is closed."""
     assert settings.worker_model is not None
-    with Client(address) as connection:
-        try:
-            trainer = MegatronTrainer.start(settings, settings.worker_model)
-        except LoragateError as exc:
-            connection.send_bytes(pickle.dumps(exc))
-            return
-        connection.send_bytes(pickle.dumps(None))
-        method = ""
-        while method != "close":
-            method, args, kwargs = pickle.loads(connection.recv_bytes())
-            answer = _answer(trainer, method, args, kwargs)
-            connection.send_bytes(pickle.dumps(answer))
+    trainer = MegatronTrainer.start(settings, settings.worker_model)
+    connection.send_bytes(pickle.dumps(None))
+    path = ""
+    while path != "close":
+        path, args, kwargs = pickle.loads(connection.recv_bytes())
+        connection.send_bytes(pickle.dumps(_do(trainer, path, args, kwargs)))
 
 
-def _answer(trainer: Any, method: str, args: Any, kwargs: Any) -> Any:
+def _do(trainer: Any, path: str, args: Any, kwargs: Any) -> Any:
+    target = trainer
+    for part in path.split("."):
+        target = getattr(target, part)
     try:
-        target = trainer
-        for part in method.split("."):
-            target = getattr(target, part)
         return target(*args, **kwargs) if callable(target) else target
     except LoragateError as exc:
         return exc
