@@ -80,6 +80,9 @@ class Engine:
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         self.plan, self.ranks = plan, ranks
         self.device = ranks.device
+        if self.device.type == "cuda":
+            # cuDNN plans its attention anew for every shape, and every pass has another one.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.model, self.shapes = build(
             Path(plan.folder), DTYPES[plan.dtype], self.device, recompute=plan.recompute
         )
