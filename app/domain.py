@@ -255,6 +255,28 @@ class LoraSpec:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """A run that lives across single ops of its key: what Tink's clients call a `model_id`.
+
+    `id` is also the name of the adapter it becomes: version `version` has the weights after
+    `saved_steps` of its `optim_steps`. `next_seq` numbers the next op that its worker is given.
+    `worker_base` is what that calls the base.
+    """
+
+    id: str
+    key_id: str
+    trainer: str
+    base_model: str
+    lora: LoraSpec
+    worker_base: str
+    next_seq: int
+    optim_steps: int
+    saved_steps: int | None
+    version: int | None
+    created_at: datetime
+
+
 class JobKind(StrEnum):
     """What a job does; `handlers` has one module for each."""
 

@@ -381,7 +381,10 @@ class UploadPartRow(Row):
 
 
 class TrainingRunRow(Row):
-    """A run that lives across single ops: the adapter it became, and its next op's number."""
+    """A run that lives across single ops: the adapter it became, and its next op's number.
+
+    `version` is that adapter's newest, whose weights are those after `saved_steps` optimizer steps.
+    """
 
     __tablename__ = "training_runs"
     __table_args__ = (Index("ix_training_runs_key", "key_id"),)
@@ -392,5 +395,8 @@ class TrainingRunRow(Row):
     base_model: Mapped[str] = mapped_column(String(256))
     spec: Mapped[dict[str, Any]]
     next_seq: Mapped[int]
+    optim_steps: Mapped[int]
+    saved_steps: Mapped[int | None]
+    version: Mapped[int | None]
     created_at: Mapped[datetime]
     removed_at: Mapped[datetime | None]

@@ -81,6 +81,9 @@ def upgrade() -> None:
     sa.Column('base_model', sa.String(length=256), nullable=False),
     sa.Column('spec', sa.JSON(), nullable=False),
     sa.Column('next_seq', sa.Integer(), nullable=False),
+    sa.Column('optim_steps', sa.Integer(), nullable=False),
+    sa.Column('saved_steps', sa.Integer(), nullable=True),
+    sa.Column('version', sa.Integer(), nullable=True),
     sa.Column('created_at', sa.DateTime(timezone=True), nullable=False),
     sa.Column('removed_at', sa.DateTime(timezone=True), nullable=True),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_training_runs'))
