@@ -39,6 +39,7 @@ from app.db.engine import Database, database_url
 from app.db.file_store import FileStore
 from app.domain import AdapterVersion, Dialect, JobKind, Probe, Replica
 from app.handlers.fine_tune import FineTune
+from app.handlers.train_op import TrainOp
 from app.jobs.runner import Handler, Runner
 from app.serving.batches import Batches
 from app.serving.coalesce import Coalescer
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 
 _FIRST_PROBE_S = 1.0
+#: Samples that need no trainer, at once, over all gateways.
+_OPS_WITHOUT_TRAINER = 64
 
 
 class State(TypedDict):
@@ -125,7 +128,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         db,
         clock,
         handlers,
-        {each.name: each.max_jobs for each in known.values()},
+        {None: _OPS_WITHOUT_TRAINER, **{each.name: each.max_jobs for each in known.values()}},
         token=secrets.token_hex(16),
         lease_s=settings.lease_s,
     )
@@ -152,6 +155,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
         expire_jobs=expiring,
     )
     handlers[JobKind.FINE_TUNE] = FineTune(rooms, TrainerClient)
+    handlers[JobKind.TRAIN_OP] = TrainOp(rooms, TrainerClient)
     tidying = TidyRuns(db, known, TrainerClient)
     driver.add("tidy_runs", tidying.activate, tidy_runs.PERIOD_S)
 
