@@ -9,7 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import __version__
-from app.api import errors, health, openapi
+from app.api import errors, health, openapi, tink
 from app.api.admin import router as admin
 from app.api.direct import DirectProtocol
 from app.api.front_door import FrontDoor
@@ -26,8 +26,8 @@ def create_app(settings: Settings | None = None) -> FrontDoor:
     configure_logging(settings.log_level, settings.log_format)
     rest = FastAPI(title="loragate", version=__version__, lifespan=lifespan(settings))
     rest.include_router(health.router)
-    for router in (models.router, files.router, uploads.router, fine_tuning.router):
-        rest.include_router(router)
+    for module in (models, files, uploads, fine_tuning, tink):
+        rest.include_router(module.router)
     rest.include_router(admin)
     errors.install(rest)
     openapi.install(rest)

@@ -32,7 +32,7 @@ _REF = "#/components/schemas/"
 #: Bodies that routes read themselves, so that FastAPI does not know of them.
 _UNSEEN: tuple[type[BaseModel], ...] = (NewAdapter, NewVersion, ErrorEnvelope)
 #: Tags of routes that answer 400 to a body that does not fit.
-_ANSWERS_400 = {"Files", "Uploads", "Fine-tuning"}
+_ANSWERS_400 = {"Files", "Uploads", "Fine-tuning", "Single ops"}
 #: How each status reads, once.
 _FAILURES: dict[int, tuple[str, errors.LoragateError]] = {
     400: (

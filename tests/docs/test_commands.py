@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 from typer.core import TyperGroup
 
-from app.api import errors, health, openapi
+from app.api import errors, health, openapi, tink
 from app.api.admin import router as admin
 from app.api.admin.uploads import NewVersion
 from app.api.openai import files, fine_tuning, models, uploads
@@ -101,6 +101,7 @@ def routes() -> dict[str, set[str]]:
         files.router,
         uploads.router,
         fine_tuning.router,
+        tink.router,
         admin,
     ):
         app.include_router(router)

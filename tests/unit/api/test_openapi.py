@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from app.api import errors, health, openapi
+from app.api import errors, health, openapi, tink
 from app.api.admin import router as admin
 from app.api.inference import PATHS
 from app.api.openai import files, fine_tuning, models, uploads
@@ -42,6 +42,18 @@ ROUTES = {
     "POST /v1/uploads/{upload_id}/parts",
     "POST /v1/uploads/{upload_id}/complete",
     "POST /v1/uploads/{upload_id}/cancel",
+    "POST /api/v1/add_lora",
+    "POST /api/v1/add_lora_async",
+    "POST /api/v1/remove_lora",
+    "POST /api/v1/remove_lora_async",
+    "POST /api/v1/fwdbwd",
+    "POST /api/v1/fwdbwd_async",
+    "POST /api/v1/optim",
+    "POST /api/v1/optim_async",
+    "POST /api/v1/sample",
+    "POST /api/v1/asample",
+    "POST /api/v1/retrieve_future",
+    "POST /api/v1/get_info",
     "POST /v1/load_lora_adapter",
     "POST /v1/unload_lora_adapter",
     "GET /healthz",
@@ -76,7 +88,7 @@ ROUTES = {
     "GET /admin/tasks",
     "GET /admin/usage",
 }
-OPENAI = models.router, files.router, uploads.router, fine_tuning.router
+OPENAI = models.router, files.router, uploads.router, fine_tuning.router, tink.router
 OPEN = {"GET /healthz", "GET /readyz", "GET /metrics"}
 
 
@@ -154,7 +166,8 @@ def test_every_request_field_is_described() -> None:
         "NewAdapter", "NewVersion", "Origin", "NewAlias", "Rollback", "NewPool",
         "PoolChange", "NewReplica", "ReplicaChange", "NewKey", "Load", "Unload", "Target",
         "NewUpload", "Order", "ExpiresAfter", "NewFineTuningJob", "NewMethod", "OfMethod",
-        "Hyperparameters",
+        "Hyperparameters", "NewLora", "ModelName", "Fwdbwd", "AdamParams", "Optim",
+        "SamplingParams", "Sample", "Retrieve",
     }  # fmt: skip
     for name in requests:
         for field, schema in schemas[name]["properties"].items():
