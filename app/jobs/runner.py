@@ -5,8 +5,8 @@ ended, or that someone else goes on with. Knows nothing of what a job does.
 
 A handler ends its job itself, in `ctx.ending()`. If it raises instead, the class of the error says
 what becomes of the job: the caller's to mend (`RequestError`) fails it; any other `LoragateError`
-gives it back, after a pause that doubles with each attempt; what was never foreseen fails it. A
-gateway that stops gives its jobs back, without counting the attempt.
+gives it back, after a pause that doubles with each attempt; what was never foreseen fails it.
+Neither a trainer that is away nor a gateway that stops counts as an attempt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from typing import Protocol
 from app.clock import Clock
 from app.db.engine import Database
 from app.domain import Job, JobError, JobKind
-from app.errors import LoragateError, RequestError, StorageUnavailable, TrainerError
+from app.errors import (
+    LoragateError,
+    RequestError,
+    StorageUnavailable,
+    TrainerBusy,
+    TrainerError,
+    TrainerUnavailable,
+)
 from app.jobs import queue
 from app.jobs.context import JobContext
 from app.jobs.queue import LeaseLost
@@ -179,7 +186,8 @@ class Runner:
             await _fail(context, JobError(exc.code, str(exc), exc.param))
         except LoragateError as exc:
             code = TRAINER_LOST if isinstance(exc, TrainerError) else exc.code
-            await _give_back(context, JobError(code, str(exc)), count=True)
+            away = isinstance(exc, TrainerUnavailable | TrainerBusy)
+            await _give_back(context, JobError(code, str(exc)), count=not away, pause=True)
         except asyncio.CancelledError as exc:
             if context.lost:
                 raise
@@ -204,10 +212,12 @@ async def _fail(context: JobContext, error: JobError) -> None:
     _log(Event.JOB_FINISHED, context, error=error.code)
 
 
-async def _give_back(context: JobContext, reason: JobError, *, count: bool) -> None:
+async def _give_back(
+    context: JobContext, reason: JobError, *, count: bool, pause: bool = False
+) -> None:
     if context.ended:
         return
-    delay_s = min(2.0 ** (context.lease.attempt - 1), MAX_DELAY_S) if count else 0.0
+    delay_s = min(2.0 ** (context.lease.attempt - 1), MAX_DELAY_S) if pause else 0.0
     async with context.ending() as session:
         status = await queue.give_back(
             session, context.clock, context.lease, reason, count=count, delay_s=delay_s

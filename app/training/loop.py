@@ -28,7 +28,7 @@ from statistics import median
 
 from app.clock import Clock
 from app.domain import LoraSpec
-from app.errors import InvalidRequest, RunLost, TrainerUnavailable, TrainingFailed
+from app.errors import InvalidRequest, RunLost, TrainerError, TrainerUnavailable, TrainingFailed
 from app.ops import Result, RunStatus
 from app.training.batches import Batches
 from app.training.outcomes import Recorder, Tally
@@ -104,6 +104,7 @@ class Loop:
         Raises:
             TrainingFailed, InvalidRequest: a step failed and would fail again; it is named.
             TrainerUnavailable, RunLost, TrainerBusy: the worker did not come back.
+            TrainerError: it came back, and was lost again and again at one place.
             Fenced: a newer attempt has the run.
         """
         try:
@@ -112,10 +113,13 @@ class Loop:
                 try:
                     await self._drive(status)
                     return True
-                except (TrainerUnavailable, RunLost):
+                except (TrainerUnavailable, RunLost) as exc:
                     self._losses += 1
                     if self._losses > MAX_LOSSES:
-                        raise
+                        raise TrainerError(
+                            f"The worker was lost {self._losses} times at one place, after op "
+                            f"{self._done} of the run: {exc}"
+                        ) from exc
                 await self._patience.pause(FIRST_PAUSE_S)
         except Stopped:
             await self._halt()

@@ -17,7 +17,14 @@ from app.db.engine import Database
 from app.db.leases import database_time
 from app.db.tables import JobRow
 from app.domain import Job, JobEventType, JobKind, JobStatus
-from app.errors import InvalidRequest, LoragateError, StorageUnavailable, TrainerUnavailable
+from app.errors import (
+    InvalidRequest,
+    LoragateError,
+    StorageUnavailable,
+    TrainerBusy,
+    TrainerError,
+    TrainerUnavailable,
+)
 from app.jobs import queue
 from app.jobs.context import JobContext
 from app.jobs.queue import Flags, NewEvent
@@ -416,7 +423,7 @@ async def test_an_error_after_the_end_changes_nothing(jobs: Queue) -> None:
 @pytest.mark.parametrize(
     ("exc", "code"),
     [
-        (TrainerUnavailable("The trainer is away."), "trainer_lost"),
+        (TrainerError("The trainer died of it."), "trainer_lost"),
         (StorageUnavailable("The disk is full."), "storage_unavailable"),
         (LoragateError("Something else."), "internal_error"),
     ],
@@ -438,6 +445,21 @@ async def test_a_lost_trainer_costs_an_attempt_and_a_pause(
     assert failed.error.code == code
     assert str(exc) in failed.error.message
     assert [job.attempts for job in handler.jobs] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("exc", [TrainerUnavailable("It is away."), TrainerBusy("It is full.")])
+async def test_a_trainer_that_is_away_is_waited_for(
+    jobs: Queue, caplog: pytest.LogCaptureFixture, exc: Exception
+) -> None:
+    job = await jobs.submit(max_attempts=1)
+    handler = Actor(raising(exc))
+    async with running(jobs, handler) as runner:
+        for attempt in (1, 2, 3):
+            await until(lambda: len(logged(caplog, Event.JOB_GIVEN_BACK)) == attempt)  # noqa: B023
+            assert (await jobs.get(job)).status is JobStatus.QUEUED
+            assert await jobs.claim() is None  # it has a pause
+            await jobs.ripen()
+            runner.wake()
 
 
 async def test_what_was_not_foreseen_fails_the_job_and_is_logged(

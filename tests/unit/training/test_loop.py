@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.errors import Conflict, Fenced, NonFiniteLoss, RunLost, TrainerBusy, TrainerUnavailable
+from app.errors import (
+    Conflict,
+    Fenced,
+    NonFiniteLoss,
+    RunLost,
+    TrainerBusy,
+    TrainerError,
+    TrainerUnavailable,
+)
 from app.training.batches import Batches
 from app.training.loop import LOOK_AHEAD, MAX_LOSSES
 from app.training.patience import Patience
@@ -139,7 +147,7 @@ def test_killed_at_any_moment_it_comes_to_the_same(
         nonlocal patience
         for attempt in range(1, 10):
             patience = Patience(VirtualClock(), 60.0)
-            with suppress(GatewayKilled, TrainerUnavailable):  # given back
+            with suppress(GatewayKilled, TrainerError):  # given back
                 if await loop_of(worker, made, kept, fence=attempt, patience=patience).run():
                     return
                 with suppress(RunLost, Conflict):
@@ -179,7 +187,7 @@ def test_states_saved_by_the_clock_change_nothing(
             try:
                 loop = loop_of(worker, long, kept, fence=attempt, checkpoint_s=3.0)
                 assert await loop.run()
-            except (GatewayKilled, TrainerUnavailable):  # given back
+            except (GatewayKilled, TrainerError):  # given back
                 continue
             return
         raise AssertionError("too many attempts")
@@ -322,8 +330,9 @@ def test_a_worker_that_is_lost_at_one_place_again_and_again_is_given_up(made: Ba
 
     worker.trouble = trouble
     kept = Kept()
-    with pytest.raises(TrainerUnavailable):
+    with pytest.raises(TrainerError, match="lost 4 times") as lost:
         run(loop_of(worker, made, kept).run())
+    assert type(lost.value) is TrainerError  # and not that it is away: this is the job's doing
     assert opened == MAX_LOSSES + 1
     assert [step.step for step in kept.steps] == [1, 2]
 
