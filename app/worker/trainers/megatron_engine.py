@@ -273,10 +273,7 @@ class Engine:
 
     def _norm(self, run: Run) -> float:
         """Of the whole gradient: what all tensor-parallel ranks have counts once."""
-        squares = run.gradient.double().square()
-        shared = run.local.shared
-        total = squares[shared:].sum()
-        if self.tensor_rank == 0:
-            total += squares[:shared].sum()
+        mine = run.gradient if self.tensor_rank == 0 else run.gradient[run.local.shared :]
+        total = torch.linalg.vector_norm(mine, dtype=torch.float64).square()
         dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
         return math.sqrt(total.item())

@@ -47,6 +47,11 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
+    def gather(self) -> None:
+        """Wait for every rank, however long it takes to read its part of the model."""
+        if self.plan.ranks > 1:
+            dist.barrier(group=self._calls)
+
     def say(self, call: tuple[Any, ...]) -> None:
         """Rank 0: tell the others."""
         if self.plan.ranks > 1:

@@ -111,6 +111,7 @@ def lead(plan: Plan, launched: Launched | None) -> Team:
     ranks = Ranks(plan, 0, given.local_rank)
     team = Team(ranks, Engine(plan, ranks), launched.children if launched else ())
     team.watch()
+    ranks.gather()
     return team
 
 
@@ -142,6 +143,7 @@ def _serve(rank: int, local_rank: int) -> None:
         # Rank 0 has the same error, and says it.
         ranks.leave()
         return
+    ranks.gather()
     while True:
         try:
             method, *args = ranks.hear()
