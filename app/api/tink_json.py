@@ -42,7 +42,7 @@ class NewLora(_Body):
         None,
         min_length=1,
         max_length=64,
-        description="The linears it changes; every one that the trainer knows when left out.",
+        description="The linears it changes; when left out, all but the output layer.",
         examples=[["q_proj", "v_proj"]],
     )
     seed: int | None = Field(

@@ -79,7 +79,7 @@ async def load(attempt: Attempt, spools: ExitStack) -> tuple[Loop, Recorder]:
     lora = LoraSpec(
         rank=spec.lora_rank,
         alpha=spec.lora_alpha,
-        target_modules=spec.target_modules or _usual(info.target_modules),
+        target_modules=spec.target_modules or usual_modules(info.target_modules),
         seed=spec.seed,
     )
     facts = _facts(plan, lora, max_length, examples)
@@ -136,7 +136,7 @@ async def _tokens(
     return into
 
 
-def _usual(modules: Sequence[str]) -> tuple[str, ...]:
+def usual_modules(modules: Sequence[str]) -> tuple[str, ...]:
     """All but the output layer: engines leave that out of prompt logprobs, or cannot serve it."""
     return tuple(module for module in modules if module != "lm_head")
 

@@ -28,6 +28,7 @@ from app.errors import (
     UpstreamError,
 )
 from app.handlers import draw
+from app.handlers.fine_tune_load import usual_modules
 from app.handlers.fine_tune_recorder import RunSource
 from app.handlers.run_ops import SAVED, Attempt, perform
 from app.jobs import queue
@@ -204,7 +205,7 @@ async def _shaped(attempt: Attempt) -> Attempt:
         raise InvalidRequest(
             f"rank is {lora.rank}; the trainer takes {info.max_rank} at most.", param="rank"
         )
-    modules = lora.target_modules or tuple(info.target_modules)
+    modules = lora.target_modules or usual_modules(info.target_modules)
     fitting = LoraSpec(lora.rank, lora.alpha, modules, lora.seed)
     async with attempt.ctx.db.begin() as session:
         of = await runs.shape(session, attempt.of.id, fitting, info.base_model)

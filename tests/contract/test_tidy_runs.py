@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from app.control import runs
 from app.control.tasks.tidy_runs import TidyRuns
 from app.db.engine import Database
 from app.domain import JobKind, Trainer, TrainerKind
@@ -67,3 +68,23 @@ async def test_runs_of_jobs_that_ended_are_deleted_and_no_others(
     assert set(worker.live) == {"waiting", "op", "unknown"}
     assert not worker.states
     assert (await tidy.activate())["deleted"] == []
+
+
+async def test_a_removed_run_is_deleted(db: Database, worker: FakeWorker, tidy: TidyRuns) -> None:
+    clock = MovableClock()
+    for run_id in ("kept", "removed"):
+        await worker.run(run_id).open("tiny", LORA, 1)
+        async with db.begin() as session:
+            await runs.create(
+                session,
+                clock,
+                run_id=run_id,
+                key_id="key",
+                trainer="here",
+                base_model="tiny",
+                lora=LORA,
+            )
+    async with db.begin() as session:
+        await runs.remove(session, clock, "removed")
+    assert (await tidy.activate())["deleted"] == ["removed"]
+    assert set(worker.live) == {"kept"}

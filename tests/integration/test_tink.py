@@ -24,6 +24,13 @@ pytestmark = [
 ASKED = {"role": "user", "content": "Tell me about the sea."}
 SAID = {"role": "assistant", "content": "Blub blub blub."}
 GREEDY = {"max_tokens": 8, "temperature": 0}
+#: With the output layer the demo model learns a sentence in a few steps.
+QUICK = {
+    "rank": 8,
+    "alpha": 32,
+    "seed": 1,
+    "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj", "lm_head"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,7 @@ def tink(gateway: Gateway) -> Tink:
 
 @pytest.fixture
 def model_id(tink: Tink) -> Iterator[str]:
-    found = tink("add_lora", base_model="base", rank=8, alpha=16)["model_id"]
+    found = tink("add_lora", base_model="base", **QUICK)["model_id"]
     yield found
     tink.ask("remove_lora", model_id=found)
 
@@ -100,7 +107,7 @@ def test_train_and_sample_without_another_step(gateway: Gateway, tink: Tink, mod
     assert before["completions"] == base["completions"]  # B is zero: it changes nothing yet
     assert (before["model"], base["model"]) == (f"{model_id}@1", demo.BASE_NAME)
 
-    losses = tink.train(model_id, steps=6, data=[[ASKED, SAID]])
+    losses = tink.train(model_id, steps=10, data=[[ASKED, SAID]])
     assert losses[-1] < losses[0] / 2
     after = tink("sample", model_id=model_id, prompts=["The sea"], sampling_params=GREEDY)
     assert after["model"] == f"{model_id}@2"
@@ -108,7 +115,7 @@ def test_train_and_sample_without_another_step(gateway: Gateway, tink: Tink, mod
     (sequence,) = after["sequences"]
     assert len(sequence["tokens"]) == len(sequence["logprobs"])
     info = tink("get_info", model_id=model_id)
-    assert (info["lora_rank"], info["lora_alpha"], info["optim_steps"]) == (8, 16, 6)
+    assert (info["lora_rank"], info["lora_alpha"], info["optim_steps"]) == (8, 32, 10)
     assert info["model_data"]["model_name"] == demo.BASE_NAME
 
 
@@ -139,8 +146,8 @@ def test_users_train_beside_each_other(gateway: Gateway, tink: Tink) -> None:
     names = ("Alice", "Bob", "Carol")
 
     def trained(name: str) -> str:
-        found: str = tink("add_lora", rank=8)["model_id"]
-        tink.train(found, steps=8, data=[[ASKED, {"role": "assistant", "content": f"{name}!"}]])
+        found: str = tink("add_lora", **QUICK)["model_id"]
+        tink.train(found, steps=10, data=[[ASKED, {"role": "assistant", "content": f"{name}!"}]])
         tink("sample", model_id=found, prompts=["x"], sampling_params=GREEDY)
         return found
 

@@ -409,7 +409,7 @@ async def test_an_adapter_that_cannot_be_leaves_nothing(desk: Desk) -> None:
     await desk.run()
     error = (await desk.get(job)).error
     assert error is not None
-    assert error.message == "target_modules has 'nose'; the base has q_proj, v_proj."
+    assert error.message.startswith("target_modules has 'nose'; the base has q_proj")
     async with desk.db.read() as session:
         with pytest.raises(NotFound):
             await runs.get(session, job.spec["run"])

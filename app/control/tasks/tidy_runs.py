@@ -1,9 +1,9 @@
 """Deletes runs that training workers keep for jobs that have ended.
 
 What comes in: what each worker says it has, in memory and on disk. What goes out: the deletion of
-runs whose fine-tune job is over. A job's handler does the same at its end; this is for the times
-when the worker did not answer then, or the gateway was lost just before. Runs that no job here
-knows are left alone: they are someone else's.
+runs whose fine-tune job is over, and of those that were removed. A job's handler does the same at
+its end; this is for the times when the worker did not answer then, or the gateway was lost just
+before. Runs that nothing here knows are left alone: they are someone else's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from sqlalchemy import select
 
 from app.db.engine import Database
-from app.db.tables import JobRow
+from app.db.tables import JobRow, TrainingRunRow
 from app.domain import JobKind, JobStatus, Trainer
 from app.errors import TrainerError
 from app.training.run import ConnectTrainer
@@ -60,6 +60,11 @@ class TidyRuns:
                 JobRow.kind == JobKind.FINE_TUNE.value,
                 JobRow.status.in_(terminal),
             )
+            removed = select(TrainingRunRow.id).where(
+                TrainingRunRow.id.in_(run_ids[at : at + _BATCH]),
+                TrainingRunRow.removed_at.is_not(None),
+            )
             async with self._db.read() as session:
                 found += await session.scalars(query.order_by(JobRow.number))
+                found += await session.scalars(removed.order_by(TrainingRunRow.id))
         return found
