@@ -26,7 +26,8 @@ class Generated:
     """One answer. `tokens` are the texts of its tokens, those of `prompt` first if it is echoed.
 
     `logprobs` has one for each of `tokens`, None where nothing precedes; `top` has the
-    alternatives, if the server told any. The counts are of tokens.
+    alternatives, and `token_ids` the ids of what was generated, if the server told any. The counts
+    are of tokens.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Generated:
     prompt: str = ""
     logprobs: tuple[float | None, ...] | None = None
     top: tuple[dict[str, float] | None, ...] | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 def answer(ask: Ask, generated: Sequence[Generated], created: int) -> Reply:
@@ -86,18 +88,20 @@ def _stopped(one: Generated, stop: Sequence[str]) -> Generated:
         finished=True,
         logprobs=None if one.logprobs is None else one.logprobs[:kept],
         top=None if one.top is None else one.top[:kept],
+        token_ids=None if one.token_ids is None else one.token_ids[:kept],
     )
 
 
 def _choice(ask: Ask, index: int, one: Generated) -> dict[str, Any]:
     finish = "stop" if one.finished else "length"
     if not ask.chat:
-        return {
+        choice = {
             "index": index,
             "text": one.prompt + one.text,
             "logprobs": None if ask.logprobs is None else _completion_logprobs(one),
             "finish_reason": finish,
         }
+        return choice | {"token_ids": one.token_ids} if ask.token_ids else choice
     return {
         "index": index,
         "message": {"role": "assistant", "content": one.text},

@@ -66,6 +66,7 @@ class _Completion(_Options):
     max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
     echo: bool | None = None
+    return_token_ids: bool | None = None
 
 
 class _Part(msgspec.Struct):
@@ -110,7 +111,8 @@ class Ask:
 
     `max_tokens` None leaves it to the server, which a chat may. `temperature` 0 is greedy.
     `top_k` 0 and `top_p` 1 restrict nothing. `logprobs`: of how many alternatives, None for none.
-    `echo`: the prompt belongs to the answer. `chat`: there are `messages` and no `prompts`.
+    `echo`: the prompt belongs to the answer. `token_ids`: tell those of what was generated. `chat`:
+    there are `messages` and no `prompts`.
     """
 
     model: str
@@ -126,6 +128,7 @@ class Ask:
     echo: bool
     stream: bool
     include_usage: bool
+    token_ids: bool = False
 
     @property
     def chat(self) -> bool:
@@ -170,6 +173,7 @@ def _completion(given: _Completion, include_usage: bool) -> Ask:
         logprobs=given.logprobs,
         echo=echo,
         include_usage=include_usage,
+        token_ids=bool(given.return_token_ids),
         **_common(given),
     )
 

@@ -44,6 +44,7 @@ class _Api(msgspec.Struct):
 
     text: list[str]
     segments: list[list[str]]
+    tokens: list[list[int]] | None = None
     logprobs: list[list[float]] | None = None
 
 
@@ -58,6 +59,7 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs
     finish_reason: str | None = None
     prompt_token_ids: list[int] | None = None
+    generation_token_ids: list[int] | None = None
 
 
 class _Choices(msgspec.Struct):
@@ -200,7 +202,8 @@ def _api_answer(status: int, data: bytes, prompts: int) -> _Api:
             wrong = msgspec.json.decode(data, type=str)
             raise InvalidRequest(f"The Megatron server refused this: {wrong}")
     answer = _decoded(status, data, _Api)
-    columns = (answer.text, answer.segments, answer.logprobs or answer.text)
+    told = (answer.text, answer.segments, answer.logprobs, answer.tokens)
+    columns = [column for column in told if column is not None]
     if any(len(column) != prompts for column in columns):
         raise UpstreamBroke(f"The Megatron server answered {len(answer.text)} texts.")
     return answer
@@ -232,6 +235,7 @@ def _of_api(ask: Ask, prompt: str, answer: _Api, at: int) -> Generated:
         finished=completion_tokens < (16 if ask.max_tokens is None else ask.max_tokens),
         prompt=text[:end] if ask.echo else "",
         logprobs=None if logprobs is None else logprobs[first:],
+        token_ids=None if answer.tokens is None else tuple(answer.tokens[at][of_prompt:]),
     )
 
 
@@ -270,7 +274,7 @@ def _of_choice(ask: Ask, prompt: str | tuple[int, ...], choice: _Choice) -> Gene
     elif not of_prompt and ask.echo:
         of_prompt = _reaching(found.tokens, len(prompt))
     completion_tokens = len(found.tokens) - (of_prompt if ask.echo else 0)
-    limit = ask.max_tokens
+    limit, ids = ask.max_tokens, choice.generation_token_ids
     return Generated(
         text=choice.text,
         tokens=tuple(found.tokens),
@@ -279,6 +283,7 @@ def _of_choice(ask: Ask, prompt: str | tuple[int, ...], choice: _Choice) -> Gene
         finished=limit is not None and completion_tokens < limit,
         logprobs=tuple(found.token_logprobs[extra:]),
         top=top,
+        token_ids=None if ids is None else tuple(ids),
     )
 
 

@@ -133,6 +133,11 @@ def test_logprobs_are_those_of_the_generated_tokens(server: Server, truth: dict[
     assert found["text_offset"] == list(range(8))
 
 
+def test_token_ids_of_what_was_generated(static: Server, truth: dict[str, Any]) -> None:
+    (choice,) = static.complete(max_tokens=8, return_token_ids=True)["choices"]
+    assert choice["token_ids"] == truth["tokens"][0][-8:]
+
+
 def test_echo_tells_the_prompt_s_logprobs_too(server: Server, truth: dict[str, Any]) -> None:
     found = server.complete(max_tokens=8, logprobs=0, echo=True)
     (choice,) = found["choices"]

@@ -226,6 +226,15 @@ async def test_every_answer_of_a_conversation_is_asked_alone() -> None:
     assert found["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.parametrize("ids", [[7, 8], None])
+async def test_token_ids_if_the_dynamic_server_tells_them(ids: list[int] | None) -> None:
+    logprobs = {"tokens": ["a", "b"], "token_logprobs": [-1.0, -2.0]}
+    choice = {"text": "ab", "logprobs": logprobs, "generation_token_ids": ids}
+    call = Scripted((200, {"choices": [choice]}))
+    found = await told(DynamicServer(), call, prompt="x", return_token_ids=True, stop="a")
+    assert found["choices"][0]["token_ids"] == (ids and ids[:1])
+
+
 async def test_plain_text_errors_of_the_dynamic_server() -> None:
     with pytest.raises(InvalidRequest, match="refused this: Missing 'prompt' field"):
         await told(DynamicServer(), Scripted((400, b"Missing 'prompt' field")), prompt="x")
