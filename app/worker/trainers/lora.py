@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from app.domain import LoraSpec
 from app.errors import InvalidRequest
 from app.worker.trainers.lora_init import init_lora_A
+from app.worker.trainers.products import product
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +133,9 @@ class Site:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         lanes = [lane for lane in self.lanes if self.name in lane.group.parts]
-        if not lanes:
-            return functional.linear(inputs, self.linear.weight, self.linear.bias)
         apply: Any = _Adapted.apply
         # Weights of runs are no autograd tensors: what makes a gradient come here is the anchor.
-        anchor = torch.empty(0, requires_grad=True)
+        anchor = torch.empty(0, requires_grad=True) if lanes else None
         return cast(Tensor, apply(inputs, anchor, self, lanes))
 
 
@@ -235,9 +233,11 @@ class _Adapted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, site: Site, at: list[Lane]) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, anchor: Tensor | None, site: Site, at: list[Lane]
+    ) -> Tensor:
         inputs = inputs.contiguous()
-        output = functional.linear(inputs, site.linear.weight, site.linear.bias)
+        output = product(inputs, site.linear.weight, site.linear.bias)
         saved = [inputs]
         for lane in at:
             down, up = (each.to(inputs.dtype) for each in lane.pair(site.name, lane.group.weights))
@@ -252,7 +252,7 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         inputs, *saved = ctx.saved_tensors
         grad = grads[0].contiguous()
-        into = grad @ ctx.site.linear.weight if ctx.needs_input_grad[0] else None
+        into = product(grad, ctx.site.linear.weight.mT) if ctx.needs_input_grad[0] else None
         for lane, inner, down, up in zip(
             ctx.lanes, saved[0::3], saved[1::3], saved[2::3], strict=True
         ):
