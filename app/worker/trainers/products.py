@@ -6,11 +6,14 @@ this machine is fast. It must not know: what it is for. No gradient is recorded.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+_one_dnn: Any = torch.backends.mkldnn.is_available
+ONE_DNN = bool(_one_dnn())
 
 
 def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,11 +23,7 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     is not Intel's. oneDNN uses all of it: the same numbers, at 250 instead of 115 GFLOP/s of one
     Zen 5 core. torch.compile calls it by this operator, too.
     """
-    if inputs.dtype != torch.float32 or inputs.device.type != "cpu" or not _one_dnn():
+    if inputs.dtype != torch.float32 or inputs.device.type != "cpu" or not ONE_DNN:
         return functional.linear(inputs, weight, bias)
     found = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return cast(Tensor, found)
-
-
-def _one_dnn() -> bool:
-    return bool(torch.backends.mkldnn.is_available()) and torch.backends.mkldnn.enabled
