@@ -18,12 +18,13 @@ from hypothesis import settings
 
 from app.settings import BackendSettings
 from tests.databases import db, db_url, new_database, postgres, sqlite_template
-from tests.servers import fake_server, sim_server, vllm_server, worker_server
+from tests.servers import fake_server, megatron_server, sim_server, vllm_server, worker_server
 
 __all__ = [
     "db",
     "db_url",
     "fake_server",
+    "megatron_server",
     "new_database",
     "postgres",
     "sim_server",

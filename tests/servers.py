@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,24 @@ def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelSer
         "LORAGATE_WORKER_THREADS": "2",
     }
     yield from _serve([LORAGATE, "worker"], env, port, folder)
+
+
+@pytest.fixture(scope="session")
+def megatron_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
+    """`loragate worker` that trains the demo model in Megatron, each layer cut over two ranks."""
+    port = free_port()
+    folder = tmp_path_factory.mktemp("megatron")
+    env = {
+        "LORAGATE_DATA_DIR": str(folder),
+        "LORAGATE_WORKER_PORT": str(port),
+        "LORAGATE_WORKER_MAX_LORA_RANK": str(MAX_LORA_RANK),
+        "LORAGATE_WORKER_DEVICE": "cpu",
+        "LORAGATE_WORKER_THREADS": "1",
+        "LORAGATE_WORKER_TRAINER": "megatron",
+        "LORAGATE_WORKER_TENSOR_PARALLEL": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    yield from _serve([sys.executable, "-m", "app.worker.main"], env, port, folder)
 
 
 @pytest.fixture(scope="session")
