@@ -257,7 +257,7 @@ def vllm_running(scratch: Path) -> Iterator[Vllm]:
     }
     log = scratch / "vllm.log"
     with running(argv, core=None, log=log, env=env) as process:
-        _until_200(port, "/health", process, log, STARTS_VLLM_S)
+        until_200(port, "/health", process, log, STARTS_VLLM_S)
         yield Vllm(port, process.pid)
 
 
@@ -285,18 +285,18 @@ def gateway_running(
     argv = [str(Path(sys.executable).with_name("loragate")), "serve"]
     log = scratch / f"{name}.log"
     with running(argv, core=None, log=log, env={**env, **(more or {})}) as process:
-        _until_200(port, "/readyz", process, log, 30.0)
+        until_200(port, "/readyz", process, log, 30.0)
         url = f"http://127.0.0.1:{port}"
         body = {"name": name, "source": {"path": str(demo.ADAPTERS[ADAPTER])}}
         httpx.post(f"{url}/admin/adapters", json=body, timeout=30).raise_for_status()
         model = f"{name}@1"
-        _until_200(port, f"/v1/models/{model}", process, log, 10.0)
+        until_200(port, f"/v1/models/{model}", process, log, 10.0)
         ask = {"model": model, "prompt": "x", "max_tokens": 1}
         httpx.post(f"{url}/v1/completions", json=ask, timeout=60).raise_for_status()
         yield Place(port, model, process.pid)
 
 
-def _until_200(port: int, path: str, process: Any, log: Path, within_s: float) -> None:
+def until_200(port: int, path: str, process: Any, log: Path, within_s: float) -> None:
     deadline = time.monotonic() + within_s
     while True:
         with contextlib.suppress(httpx.TransportError):
