@@ -33,6 +33,7 @@ bench: $(VENV)/.bench .venv-vllm/.done  ## measure the gateway, beside its peers
 	@$(BIN)/python -m bench.registry_scale
 	@$(BIN)/python -m bench.routing
 	@$(BIN)/python -m bench.batching
+	@$(BIN)/python -m bench.training
 	@$(BIN)/python -m bench.plots
 
 migration: $(VENV)/.test  ## write a migration from the tables: make migration m="add a column"

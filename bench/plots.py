@@ -2,9 +2,9 @@
 
     python -m bench.plots [--results FOLDER] [--out FOLDER]
 
-What comes in: bench/results/*.json. What goes out: docs/images/overhead.png, routing.png and
-batching.png; a benchmark without results keeps the plot it has. Backgrounds are transparent and
-every colour is readable on white and on GitHub's dark page.
+What comes in: bench/results/*.json. What goes out: docs/images/overhead.png, routing.png,
+batching.png and training.png; a benchmark without results keeps the plot it has. Backgrounds are
+transparent and every colour is readable on white and on GitHub's dark page.
 """
 
 from __future__ import annotations
@@ -121,10 +121,30 @@ def batching(document: Any) -> Figure:
     return figure
 
 
+def training(document: Any) -> Figure:
+    """Eight runs at once by eight in turn, and steps a second beside SkyRL."""
+    runs, beside = document["runs"], document["beside"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.4 * max(len(runs), 2 * len(beside)) + 1.2))
+    ratios = [
+        (f"loragate, {shape}", median(each["together_s"] / each["in_turn_s"] for each in rounds))
+        for shape, rounds in runs.items()
+    ]
+    _bars(axes[0], "eight runs at once, of their time in turn", ratios)
+    speeds = [
+        (f"{name}, {shape}", median(each[key] for each in rounds))
+        for shape, rounds in beside.items()
+        for name, key in (("loragate", "ours_per_s"), ("SkyRL", "theirs_per_s"))
+    ]
+    _bars(axes[1], "steps/s at eight adapters", speeds)
+    figure.tight_layout()
+    return figure
+
+
 PLOTS: dict[str, Callable[[Any], Figure]] = {
     "overhead": overhead,
     "routing": routing,
     "batching": batching,
+    "training": training,
 }
 
 

@@ -27,6 +27,10 @@ def results(tmp_path: Path) -> Path:
     each = {"seconds": 1.0, "calls": 1, "hit_rate": 0.9}
     document = {"conditions": {"prompts": 256}, "rounds": {"batch": [each], "singles": [each] * 3}}
     (folder / "batching.json").write_text(json.dumps(document))
+    eight = {"together_s": 1.0, "in_turn_s": 3.0}
+    contest = {"ours_per_s": 9.0, "theirs_per_s": 3.0}
+    trained = {"runs": {"1 x 16": [eight]}, "beside": {"1 x 64": [contest]}}
+    (folder / "training.json").write_text(json.dumps(trained))
     return folder
 
 
@@ -41,7 +45,7 @@ def drawn(results: Path) -> dict[str, bytes]:
 def test_one_plot_of_each(results: Path) -> None:
     assert draw(results) == 0
     pictures = drawn(results)
-    assert set(pictures) == {"overhead.png", "routing.png", "batching.png"}
+    assert set(pictures) == {"overhead.png", "routing.png", "batching.png", "training.png"}
     assert all(data.startswith(b"\x89PNG") for data in pictures.values())
     assert draw(results) == 0
     assert drawn(results) == pictures  # equal results give equal files
@@ -52,7 +56,7 @@ def test_a_benchmark_without_results_is_left_alone(
 ) -> None:
     (results / "batching.json").unlink()
     assert draw(results) == 0
-    assert set(drawn(results)) == {"overhead.png", "routing.png"}
+    assert set(drawn(results)) == {"overhead.png", "routing.png", "training.png"}
     assert "batching: no results yet" in capsys.readouterr().out
 
 
