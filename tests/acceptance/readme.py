@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+#: The longest block trains an adapter.
+RUN_S = 180
 _BLOCK = re.compile(
     r"^<!-- test: (?P<name>[\w-]+) -->\n```(?P<language>bash|python)\n(?P<code>.*?)^```$",
     re.S | re.M,
@@ -57,7 +59,7 @@ def run_code(language: str, code: str, *, cwd: Path, env: Mapping[str, str] | No
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=RUN_S,
         check=False,
     )
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"

@@ -14,7 +14,7 @@ from tests.waiting import wait_until
 
 
 def test_every_marked_block_has_its_test() -> None:
-    assert {block.name for block in blocks()} <= {"serve", "own-pool"}
+    assert {block.name for block in blocks()} <= {"serve", "train", "own-pool"}
 
 
 def test_own_pool(serve: Serve, upstream: FakeUpstream, tmp_path: Path) -> None:
