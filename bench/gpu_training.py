@@ -2,11 +2,12 @@
 
     python -m bench.gpu_training --out DIR --engine hf --engine megatron --engine megatron:tp=2
 
-What comes in: engines, each with the sizes it is cut in. What goes out: DIR/gpu_training.json and a
-table. Every engine trains the same adapter on the same tokens of a Llama of 1.1 billion random
-weights in bfloat16, in a process of its own; then transformers with PEFT reads the adapter it saved
-and computes the probe's logprobs anew. Needs torch, transformers and peft, and megatron-core for
-its engine.
+What comes in: engines, each with the sizes it is cut in. What goes out: DIR/gpu_training.json and
+DIR/gpu_training.md; `--alone` names the JSON of another run, on one GPU, to be told beside it. Every
+engine trains the same adapter on the same tokens of a Llama of 1.1 billion random weights in
+bfloat16, in a process of its own; then transformers with PEFT reads the adapter it saved and
+computes the probe's logprobs anew. Needs torch, transformers and peft, and megatron-core for its
+engine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import multiprocessing
 import random
 import tempfile
 import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +32,7 @@ from app.domain import LoraSpec
 from app.ops import OptimStep
 from app.settings import Settings
 from app.worker.trainers.base import Example, Pass, PassResult, Trainer
+from bench import gpu_training_report
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SPEC = LoraSpec(rank=16, alpha=32, target_modules=TARGETS, seed=7)
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--alone", type=Path, metavar="JSON")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
@@ -61,13 +66,54 @@ def main() -> None:
             child.join(60)
             found.append({"engine": engine, **result})
             print(json.dumps(found[-1]), flush=True)
-    (given.out / "gpu_training.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    document = {"conditions": conditions(given), "engines": found}
+    if given.alone is not None:
+        other = json.loads(given.alone.read_text("utf-8"))["engines"]
+        document["alone"] = {each["engine"]: each["tokens_per_s"] for each in other}
+    gpu_training_report.write(document, given.out)
+
+
+def conditions(given: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what it is measured."""
+    count = torch.cuda.device_count()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape(given.layers))
+    packages = ("torch", "transformers", "peft", "megatron-core")
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{count} x {torch.cuda.get_device_name(0)}",
+        "versions": {name: version(name) for name in packages if _installed(name)},
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "layers": given.layers,
+        "hidden_size": model.config.hidden_size,
+        "dtype": "bfloat16",
+        "rank": SPEC.rank,
+        "batch": given.batch,
+        "length": given.length,
+        "steps": given.steps,
+        "warm_up": WARM_UP,
+    }
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def make_base(folder: Path, layers: int) -> Path:
     """A Llama with the shape of TinyLlama-1.1B and random weights."""
     torch.manual_seed(1)
-    config = LlamaConfig(
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(shape(layers)).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def shape(layers: int) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=2048,
         intermediate_size=5632,
         num_hidden_layers=layers,
@@ -77,10 +123,6 @@ def make_base(folder: Path, layers: int) -> Path:
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    return folder
 
 
 def measure(engine: str, base: Path, given: argparse.Namespace, answers: Any) -> None:
