@@ -3,8 +3,8 @@
     python -m bench.gpu_training --out DIR --engine hf --engine megatron --engine megatron:tp=2
 
 What comes in: engines, each with the sizes it is cut in. What goes out: DIR/gpu_training.json and
-DIR/gpu_training.md; `--alone` names the JSON of another run, on one GPU, to be told beside it. Every
-engine trains the same adapter on the same tokens of a Llama of 1.1 billion random weights in
+DIR/gpu_training.md; `--alone` names the JSON of another run, on one GPU, to be told beside it.
+Every engine trains the same adapter on the same tokens of a Llama of 1.1 billion random weights in
 bfloat16, in a process of its own; then transformers with PEFT reads the adapter it saved and
 computes the probe's logprobs anew. Needs torch, transformers and peft, and megatron-core for its
 engine.
