@@ -35,7 +35,11 @@ def submit(client: openai.OpenAI, content: bytes, **fields: Any) -> str:
     """Upload examples and queue a job on the demo's base."""
     file = client.files.create(file=("train.jsonl", content), purpose="fine-tune")
     hyperparameters = fields.pop("hyperparameters", {})
-    body = {"model": demo.BASE_NAME, "training_file": file.id, "seed": SEED} | fields
+    body: dict[str, Any] = {
+        "model": demo.BASE_NAME,
+        "training_file": file.id,
+        "seed": SEED,
+    } | fields
     extra = {"hyperparameters": hyperparameters}
     return client.fine_tuning.jobs.create(**body, extra_body=extra).id
 
@@ -50,7 +54,9 @@ def ended(client: openai.OpenAI, job: str, within_s: float = 100) -> FineTuningJ
             return None
         return found if found.status in ENDED else None
 
-    return wait_until(look, within_s=within_s, every_s=0.05)
+    found = wait_until(look, within_s=within_s, every_s=0.05)
+    assert found is not None
+    return found
 
 
 def succeeded(client: openai.OpenAI, job: str, within_s: float = 100) -> str:
