@@ -1,0 +1,218 @@
+"""kill -9 of gateway, worker, or both, at twenty moments of a job: nothing of it is lost or twice.
+
+Cancel and pause are here too: they as well must leave exactly what was done.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from app import demo
+from app.db.blobs import AdapterStore
+from app.settings import Settings
+from tests.acceptance.conftest import Served, served_by
+from tests.acceptance.training import (
+    apart,
+    ended,
+    examples,
+    losses,
+    metrics,
+    served_as_trained,
+    submit,
+    succeeded,
+)
+from tests.processes import LORAGATE, Process, free_port
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.worker, pytest.mark.timeout(400)]
+
+KILLS = 20
+#: How long after a new step the next kill comes, at most: some steps, or the whole end of a job.
+WAIT_S = 1.0
+LINES = 96
+#: Three epochs of 24 steps.
+WANTED = {"n_epochs": 3, "batch_size": 4, "lora_rank": 4, "learning_rate": 2e-3}
+LEASE_S = 1.0
+ENDS_WITHIN_S = 240
+
+
+@dataclass
+class Pair:
+    """A gateway, and the worker that it trains on and samples from, each killed by itself."""
+
+    gateway: Served
+    worker: Process
+    runs: Path
+
+    def kill(self, whom: str) -> None:
+        if whom != "gateway":
+            self.worker.kill()
+        if whom != "worker":
+            self.gateway.process.kill()
+        for process in (self.worker, self.gateway.process):
+            if not process.running:
+                process.start()
+        self.gateway.wait_ready()
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return self.gateway.openai_client()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("crash")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    worker = Process(
+        [LORAGATE, "worker"],
+        log=folder / "worker.log",
+        env={
+            "LORAGATE_WORKER_PORT": str(port),
+            "LORAGATE_WORKER_STATE_DIR": str(folder / "runs"),
+            "LORAGATE_WORKER_DEVICE": "cpu",
+            "LORAGATE_WORKER_THREADS": "1",
+        },
+    )
+    gateway = served_by(
+        folder / "gateway.log",
+        data_dir=folder / "data",
+        pools=[
+            {
+                "name": "own",
+                "base_model": demo.BASE_NAME,
+                "base_model_path": str(demo.MODEL_DIR),
+                "replicas": [url],
+            }
+        ],
+        trainers=[{"name": "own", "base_model": demo.BASE_NAME, "url": url}],
+        lease_s=LEASE_S,
+        checkpoint_period_s=0.3,
+        health_period_s=0.2,
+    )
+    with worker, gateway.process:
+        worker.wait_http(f"{url}/health", within_s=120)
+        gateway.wait_ready()
+        yield Pair(gateway, worker, folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pair: Pair) -> list[float]:
+    """The losses of the job that everything here is compared with."""
+    job = submit(pair.client, examples(LINES), hyperparameters=WANTED)
+    succeeded(pair.client, job)
+    return losses(pair.client, job)
+
+
+def test_killed_at_twenty_moments(
+    pair: Pair, uninterrupted: list[float], record_property: Callable[[str, object], None]
+) -> None:
+    seed = random.randrange(2**32)
+    logging.getLogger(__name__).warning("seed %s", seed)  # shown when it fails
+    moments = random.Random(seed)
+    killed: list[str] = []
+    jobs = 0
+    while len(killed) < KILLS:
+        jobs += 1
+        job = submit(pair.client, examples(LINES), hyperparameters=WANTED)
+        kill_while_it_runs(pair, job, moments, killed)
+        model = succeeded(pair.client, job, within_s=ENDS_WITHIN_S)
+        assert apart(losses(pair.client, job), uninterrupted) < 1e-4
+        numbers = event_numbers(pair.client, job)
+        assert numbers == list(range(1, len(numbers) + 1))
+        served_as_trained(pair.gateway.url, model)
+    record_property("killed", f"{killed} in {jobs} jobs")
+    nothing_is_left(pair)
+
+
+def kill_while_it_runs(pair: Pair, job: str, moments: random.Random, killed: list[str]) -> None:
+    """Kill somebody, at a moment after each new step, until the job has ended or enough died."""
+    seen = 0
+    while len(killed) < KILLS:
+        steps = wait_until(lambda: _progress(pair.client, job, seen), within_s=60, every_s=0.02)  # noqa: B023
+        if steps < 0:
+            return
+        seen = steps
+        time.sleep(moments.uniform(0, WAIT_S))  # the moment is what is random here
+        whom = moments.choice(("gateway", "worker", "both"))
+        pair.kill(whom)
+        killed.append(whom)
+
+
+def _progress(client: openai.OpenAI, job: str, seen: int) -> int:
+    """How many steps there are, once there are more than `seen`; -1 once the job has ended."""
+    if client.fine_tuning.jobs.retrieve(job).status in ("succeeded", "failed"):
+        return -1
+    steps = len(metrics(client, job))
+    return steps if steps > seen else 0
+
+
+def event_numbers(client: openai.OpenAI, job: str) -> list[int]:
+    """The numbers in the ids of a job's events, the first event first."""
+    events = list(client.fine_tuning.jobs.list_events(job, limit=100))
+    return [int(event.id.rpartition("-")[2]) for event in events][::-1]
+
+
+def nothing_is_left(pair: Pair) -> None:
+    """On disk is what rows name, and nothing else."""
+    wait_until(lambda: not list(pair.runs.glob("ftjob-*")), within_s=90, every_s=0.2)
+    settings = Settings(data_dir=pair.gateway.data_dir)
+    with pair.gateway.client() as http:
+        adapters = http.get("/admin/adapters", params={"limit": 1000}).json()["data"]
+        named = {version["digest"] for each in adapters for version in each["versions"]}
+        assert set(AdapterStore(settings.store_path).digests()) == named
+    files = pair.client.files.list(limit=1000).data
+    kept = [path for path in settings.files_path.rglob("*") if path.is_file()]
+    assert len(kept) == len({_content(pair, file.id) for file in files})
+
+
+def _content(pair: Pair, file: str) -> bytes:
+    return httpx.get(f"{pair.gateway.url}/v1/files/{file}/content").content
+
+
+def test_a_cancelled_job_stops_within_a_step(pair: Pair) -> None:
+    client = pair.client
+    job = submit(client, examples(LINES), hyperparameters=WANTED | {"n_epochs": 50})
+    wait_until(lambda: len(metrics(client, job)) >= 30, within_s=60, every_s=0.02)
+    before = len(metrics(client, job))
+    client.fine_tuning.jobs.cancel(job)
+    found = ended(client, job)
+    assert found.status == "cancelled"
+    steps = [step["step"] for step in metrics(client, job)]
+    # What the API tells may be a quarter of a second old, and two steps are handed over ahead.
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) < before + 30, "a step takes over 10 ms"
+    wait_until(lambda: not list(pair.runs.glob(f"{job}*")), within_s=30, every_s=0.1)
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(job).data
+    assert [each.step_number for each in checkpoints] == [
+        24 * n for n in range(len(steps) // 24, 0, -1)
+    ]
+    model = checkpoints[0].fine_tuned_model_checkpoint
+    answer: Any = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+    )
+    assert answer.choices[0].message.content
+
+
+def test_a_paused_job_goes_on_exactly(pair: Pair, uninterrupted: list[float]) -> None:
+    client = pair.client
+    job = submit(client, examples(LINES), hyperparameters=WANTED)
+    for least in (5, 40):
+        wait_until(lambda: len(metrics(client, job)) >= least, within_s=60, every_s=0.02)  # noqa: B023
+        client.fine_tuning.jobs.pause(job)
+        wait_until(lambda: client.fine_tuning.jobs.retrieve(job).status == "paused", within_s=30)
+        steps = len(metrics(client, job))
+        assert least <= steps < len(uninterrupted)
+        client.fine_tuning.jobs.resume(job)
+    succeeded(client, job)
+    assert apart(losses(client, job), uninterrupted) < 1e-4
