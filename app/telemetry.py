@@ -71,6 +71,15 @@ JOBS = Metric("loragate_jobs", "gauge", "Jobs that have not ended.", ("trainer",
 JOB_WAIT_SECONDS = Metric(
     "loragate_job_wait_seconds", "gauge", "Age of the oldest job that waits.", ("trainer",)
 )
+TRAINING_STEP_SECONDS = Metric(
+    "loragate_training_step_seconds",
+    "histogram",
+    "What a training step took on its worker.",
+    ("trainer",),
+)
+TRAINING_TOKENS = Metric(
+    "loragate_training_tokens", "counter", "Tokens of training steps.", ("trainer",)
+)
 METRICS = (
     REQUESTS,
     REQUEST_SECONDS,
@@ -91,6 +100,8 @@ METRICS = (
     TASK_FAILURES,
     JOBS,
     JOB_WAIT_SECONDS,
+    TRAINING_STEP_SECONDS,
+    TRAINING_TOKENS,
 )
 
 

@@ -142,8 +142,7 @@ def count(rooms: Rooms) -> dict[telemetry.Metric, Samples]:
     return {
         telemetry.REQUESTS: [((path, str(s)), (n,)) for (path, s), n in meter.requests.items()],
         telemetry.REQUEST_SECONDS: [
-            ((path,), (list(zip(_BOUNDS, accumulate(counts), strict=True)), total[0]))
-            for path, (counts, total) in meter.durations.items()
+            ((path,), _histogram(*counted)) for path, counted in meter.durations.items()
         ],
         telemetry.TOKENS: [
             ((model, kind), (n,))
@@ -170,7 +169,15 @@ def count(rooms: Rooms) -> dict[telemetry.Metric, Samples]:
         telemetry.TASK_FAILURES: [((t.name,), (t.failures,)) for t in tasks],
         telemetry.JOBS: [((d.trainer or "", d.status.value), (d.jobs,)) for d in depth],
         telemetry.JOB_WAIT_SECONDS: [((trainer,), (s,)) for trainer, s in waits.items()],
+        telemetry.TRAINING_STEP_SECONDS: [
+            ((trainer,), _histogram(*counted)) for trainer, counted in meter.steps.items()
+        ],
+        telemetry.TRAINING_TOKENS: [((t,), (n,)) for t, n in meter.trained_tokens.items()],
     }
+
+
+def _histogram(counts: Sequence[int], total: Sequence[float]) -> tuple[Any, ...]:
+    return list(zip(_BOUNDS, accumulate(counts), strict=True)), total[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from app.jobs import queue
 from app.jobs.context import JobContext
 from app.jobs.queue import NewEvent
 from app.ops import ProbeResult, SavedFile
+from app.serving.meter import Meter
 from app.settings import Settings
 from app.training.loop import Position
 from app.training.outcomes import EpochDone, Means, StepDone
@@ -49,6 +50,8 @@ class Rooms(Protocol):
     def store(self) -> AdapterStore: ...
     @property
     def publish(self) -> Activator: ...
+    @property
+    def meter(self) -> Meter: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class Recorder:
     async def step(self, done: StepDone) -> None:
         """Keep a step's numbers; of one that ends an epoch, until its epoch is told too."""
         self._steps, self._step = self._steps + 1, done.step
+        self._rooms.meter.trained(self.of.job.trainer or "", done.tokens, done.seconds)
         if self.of.plan.ends_epoch(done.step):
             self._ending_epoch = done
             return

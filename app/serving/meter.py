@@ -1,7 +1,8 @@
-"""What the data plane counts: usage per key and model, requests and their durations.
+"""What is counted: usage per key and model, requests, training steps, and their durations.
 
-What comes in: one call per ended request. What goes out: `UsageRecord`s for the control plane
-to write down, and plain integers for `/metrics`. Runs on the event loop only, so it needs no lock.
+What comes in: one call per ended request or step. What goes out: `UsageRecord`s for the control
+plane to write down, and plain integers for `/metrics`. Runs on the event loop only, so it needs no
+lock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 
 from app.domain import Usage, UsageRecord
 
-#: Upper bounds of the duration histogram, in seconds.
+#: Upper bounds of the histograms, in seconds.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -22,6 +23,8 @@ class Meter:
         self.requests: dict[tuple[str, int], int] = {}
         self.durations: dict[str, tuple[list[int], list[float]]] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.steps: dict[str, tuple[list[int], list[float]]] = {}
+        self.trained_tokens: dict[str, int] = {}
         self.batches = 0
         self.parts = 0
         self.coalesced = 0
@@ -32,12 +35,7 @@ class Meter:
         """Count a request that ended with `status` (499: the client left)."""
         key = (path, status)
         self.requests[key] = self.requests.get(key, 0) + 1
-        found = self.durations.get(path)
-        if found is None:
-            found = self.durations[path] = ([0] * (len(BUCKETS) + 1), [0.0])
-        counts, total = found
-        counts[bisect_left(BUCKETS, duration_s)] += 1
-        total[0] += duration_s
+        _observe(self.durations, path, duration_s)
 
     def used(self, key_id: str, model: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Bill one request of `model` (an upstream name) to a key."""
@@ -52,6 +50,11 @@ class Meter:
             tokens = self.tokens[model] = [0, 0]
         tokens[0] += prompt_tokens
         tokens[1] += completion_tokens
+
+    def trained(self, trainer: str, tokens: int, duration_s: float) -> None:
+        """Count a training step that was recorded: what its worker computed, and how long."""
+        _observe(self.steps, trainer, duration_s)
+        self.trained_tokens[trainer] = self.trained_tokens.get(trainer, 0) + tokens
 
     def split(self, parts: int) -> None:
         """Count a batch of prompts that was sent in several calls."""
@@ -78,3 +81,13 @@ class Meter:
             pending[0] += record.requests
             pending[1] += record.usage.prompt_tokens
             pending[2] += record.usage.completion_tokens
+
+
+def _observe(into: dict[str, tuple[list[int], list[float]]], label: str, value: float) -> None:
+    """Add a value to a histogram: counts by bucket, and the sum."""
+    found = into.get(label)
+    if found is None:
+        found = into[label] = ([0] * (len(BUCKETS) + 1), [0.0])
+    counts, total = found
+    counts[bisect_left(BUCKETS, value)] += 1
+    total[0] += value

@@ -41,6 +41,7 @@ from app.handlers.fine_tune import FineTune
 from app.jobs import queue
 from app.jobs.context import JobContext
 from app.jobs.queue import Flags, NewEvent, NewJob
+from app.serving.meter import Meter
 from app.settings import Settings
 from app.training.run import TrainerHost
 from app.training.spec import FineTuneResult, FineTuneSpec
@@ -90,6 +91,7 @@ class Desk:
     clock: SystemClock = field(default_factory=SystemClock)
     trainers: dict[str, Trainer] = field(default_factory=lambda: {TRAINER.name: TRAINER})
     published: int = 0
+    meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
         self.publish = Activator("publish", self._publish, 60.0, self.clock)

@@ -101,6 +101,9 @@ async def test_events_tell_what_happens(desk: Desk, training: File) -> None:
     assert first["total_steps"] == 6
     assert {"train_loss", "train_mean_token_accuracy", "learning_rate", "grad_norm"} <= set(first)
     assert first["tokens_per_second"] == first["tokens"] / 0.5
+    steps = [event.data for event in events if event.step is not None]
+    assert desk.meter.trained_tokens == {"gpu": sum(step["tokens"] for step in steps)}
+    assert sum(desk.meter.steps["gpu"][0]) == 6
 
 
 async def test_checkpoints_and_the_table_have_the_numbers_of_validation(

@@ -398,7 +398,7 @@ async def test_due_passes_are_done_together(worker: Worker) -> None:
     worker.trainer.gate.set()
     await worker.outcome(3, "a")
     assert worker.trainer.calls == [("a",), ("a", "b", "c")]
-    assert (worker.runs.turns.passes, worker.runs.turns.shared) == (2, 1)
+    assert (worker.runs.turns.passing.times, worker.runs.turns.shared) == (2, 1)
 
 
 async def test_one_run_s_many_cheap_ops_do_not_hold_up_a_pass(worker: Worker) -> None:

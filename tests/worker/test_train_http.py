@@ -141,6 +141,14 @@ async def test_a_run_from_its_first_op_to_its_files(
     await asyncio.gather(*(run.submit(seq, op) for seq, op in enumerate(ops, 1)))
     results = await asyncio.gather(*(run.outcome(seq) for seq in range(1, 5)))
     assert results[0].metrics["tokens:sum"] == 2
+    counted = (await asyncio.to_thread(httpx.get, f"{worker.url}/metrics")).text.splitlines()
+    assert {
+        "loragate_worker_runs 1.0",
+        "loragate_worker_pass_seconds_count 1.0",
+        "loragate_worker_optim_step_seconds_count 1.0",
+        "loragate_worker_shared_passes_total 0.0",
+        "loragate_worker_trained_tokens_total 2.0",
+    } <= set(counted)
     assert "grad_norm:mean" in results[1].metrics
     assert results[2].probe is not None
     assert results[2].probe.token_ids == [[1, 2, 3]]

@@ -1,4 +1,7 @@
-"""/health, /ping, /version and /metrics, under the names vLLM gives its own; what it gets right."""
+"""/health, /ping, /version and /metrics; what it gets right.
+
+Sampling is counted under the names vLLM gives its own, training under ours.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,12 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from app.clock import SystemClock
 from app.worker.http.served import Served, served
 from app.worker.http.training import Training
+from app.worker.trainers.runs import Runs
 
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -45,6 +54,9 @@ async def metrics(request: Request) -> Response:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     registry.register(EngineCollector(served(request)))
+    training: Training | None = request.state.training
+    if training is not None:
+        registry.register(RunsCollector(training.runs))
     return Response(generate_latest(registry), media_type=EXPOSITION)
 
 
@@ -95,3 +107,36 @@ class EngineCollector(Collector):
         limit = str(self._world.engine.max_loras)
         info.add_metric([limit, waiting, running], SystemClock().now().timestamp())
         return info
+
+
+class RunsCollector(Collector):
+    """What a worker that trains has done since it started."""
+
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+
+    def collect(self) -> Iterator[Metric]:
+        turns = self._runs.turns
+        yield GaugeMetricFamily(
+            "loragate_worker_runs", "Runs in the engine's memory.", self._runs.in_memory
+        )
+        yield SummaryMetricFamily(
+            "loragate_worker_pass_seconds",
+            "Forward and backward passes, those of several runs at once counted as one.",
+            turns.passing.times,
+            turns.passing.seconds,
+        )
+        yield SummaryMetricFamily(
+            "loragate_worker_optim_step_seconds",
+            "Optimizer steps.",
+            turns.stepping.times,
+            turns.stepping.seconds,
+        )
+        yield CounterMetricFamily(
+            "loragate_worker_shared_passes", "Passes of several runs at once.", turns.shared
+        )
+        yield CounterMetricFamily(
+            "loragate_worker_trained_tokens",
+            "Targets that gradients were computed of.",
+            turns.tokens,
+        )

@@ -75,6 +75,11 @@ class Runs:
         self._serving: asyncio.Task[None] | None = None
 
     @property
+    def in_memory(self) -> int:
+        """How many runs the engine holds."""
+        return len(self._live)
+
+    @property
     def alive(self) -> bool:
         """Whether ops are still done; False is a fault of this program and for good."""
         return self._serving is not None and not self._serving.done()

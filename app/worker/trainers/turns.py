@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 from app.clock import Clock
 from app.errors import LoragateError, TrainingFailed
@@ -35,14 +36,31 @@ GATHER_SHARE = 0.25
 GATHER_MOST_S = 0.1
 
 
+@dataclass(slots=True)
+class Spent:
+    """How often something was done, and how many seconds that took altogether."""
+
+    times: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.times += 1
+        self.seconds += seconds
+
+
 class Turns:
-    """The one task that begins ops. `passes` and `shared` count calls of the engine, and those
-    with more than one run in them.
+    """The one task that begins ops.
+
+    `passing` and `stepping` are what calls of the engine for passes and optimizer steps took,
+    `shared` how many of the former had more than one run in them, `tokens` the targets that
+    gradients were computed of.
     """
 
     def __init__(self, runs: Mapping[str, LiveRun], performer: Performer, clock: Clock) -> None:
-        self.passes = 0
+        self.passing = Spent()
+        self.stepping = Spent()
         self.shared = 0
+        self.tokens = 0
         self._runs = runs
         self._performer = performer
         self._clock = clock
@@ -126,20 +144,25 @@ class Turns:
             answers = await self._performer.passes([(live.id, op) for live, op in due])
         except Exception as exc:  # noqa: BLE001 - an op is not the worker
             answers = [_failed(exc)] * len(due)
-        for (live, _), answer in zip(due, answers, strict=True):
+        for (live, op), answer in zip(due, answers, strict=True):
+            if isinstance(answer, Result) and not op.forward_only:
+                self.tokens += int(answer.metrics.get("tokens:sum", 0))
             self._settle(live, answer)
-        self.passes += 1
         self.shared += len(due) > 1
         self._last = {live for live, _ in due}
         self._last_s = self._clock.monotonic() - started
+        self.passing.add(self._last_s)
 
     async def _do(self, live: LiveRun, begun: Waiting) -> None:
+        started = self._clock.monotonic()
         try:
             answer: Result | LoragateError = await self._performer.do(live, begun.op)
         except LoragateError as exc:
             answer = exc
         except Exception as exc:  # noqa: BLE001 - an op is not the worker
             answer = _failed(exc)
+        if isinstance(begun.op, OptimStep):
+            self.stepping.add(self._clock.monotonic() - started)
         self._settle(live, answer)
 
     def _settle(self, live: LiveRun, answer: Result | LoragateError) -> None:

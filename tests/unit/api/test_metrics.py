@@ -64,6 +64,8 @@ def test_values_and_labels() -> None:
     meter.ended("/v1/completions", 200, 400.0)
     meter.ended("/v1/completions", 499, 0.02)
     meter.used("key-1", "bot@2", 10, 4)
+    meter.trained("gpu", 100, 0.02)
+    meter.trained("gpu", 50, 2.0)
     found = {
         (sample.name, *sorted(sample.labels.values())): sample.value
         for family in families(meter).values()
@@ -90,3 +92,8 @@ def test_values_and_labels() -> None:
     assert found["loragate_jobs", *sorted(["gpu", "queued"])] == 6
     assert found["loragate_jobs", "", "running"] == 1
     assert found["loragate_job_wait_seconds", "gpu"] == 12.5
+    took = "loragate_training_step_seconds"
+    assert found[f"{took}_bucket", *sorted(["gpu", "0.025"])] == 1
+    assert found[f"{took}_count", "gpu"] == 2
+    assert found[f"{took}_sum", "gpu"] == pytest.approx(2.02)
+    assert found["loragate_training_tokens_total", "gpu"] == 150
