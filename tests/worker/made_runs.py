@@ -50,18 +50,24 @@ class Worker:
     clock: Time = field(default_factory=Time)
     trainer: FakeTrainer = field(default_factory=FakeTrainer)
     max_runs: int = 16
+    save_s: float = 0.0
     runs: Runs = field(init=False)
 
     async def start(self) -> None:
         bounds = Bounds(MAX_LENGTH, VOCAB)
         performer = Performer(self.trainer, States(self.root), bounds, None)
         self.runs = Runs(
-            performer, self.clock, base_model="tiny", max_runs=self.max_runs, max_rank=8
+            performer,
+            self.clock,
+            base_model="tiny",
+            max_runs=self.max_runs,
+            max_rank=8,
+            save_s=self.save_s,
         )
         await self.runs.start()
 
     async def restart(self) -> None:
-        """What was in memory is gone."""
+        """What was in memory is gone, but for what there are `save_s` seconds to save."""
         await self.runs.stop()
         self.trainer = FakeTrainer()
         await self.start()
@@ -87,6 +93,11 @@ class Worker:
     async def did(self, seq: int, op: Op, run: str = "a") -> Result:
         self.submit(seq, op, run)
         return await self.result(seq, run)
+
+    def running(self, run: str = "a") -> int | None:
+        """The number of the op that is being done."""
+        running = self.runs._live[run].log.running
+        return None if running is None else running.seq
 
     def done(self, run: str = "a") -> list[str]:
         return self.trainer.runs[run].done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -13,6 +14,7 @@ from app.domain import LoraSpec
 from app.errors import InvalidRequest, StorageUnavailable
 from app.ops import LoadState, Lora, OptimStep, SaveForSampling, SaveState
 from app.worker.trainers.states import Manifest, Record, States
+from tests.fakes.trainer import FakeTrainer
 from tests.waiting import until
 from tests.worker.made_runs import LORA, Worker, passing
 
@@ -22,6 +24,15 @@ RECORD = Record("tiny", LORA, 1)
 @pytest.fixture
 async def worker(tmp_path: Path) -> AsyncGenerator[Worker]:
     made = Worker(tmp_path / "runs")
+    await made.start()
+    yield made
+    await made.runs.stop()
+
+
+@pytest.fixture
+async def patient(tmp_path: Path) -> AsyncGenerator[Worker]:
+    """One that has the time to save what no state holds when it is told to end."""
+    made = Worker(tmp_path / "runs", save_s=10.0)
     await made.start()
     yield made
     await made.runs.stop()
@@ -66,6 +77,62 @@ async def test_a_killed_worker_goes_on_from_the_newest_state(worker: Worker) -> 
     assert worker.done() == ["pass:1", "optim:0.5", "pass:4"]
     worker.submit(4, passing(4))  # known still, by its digest
     await worker.did(6, passing(6))
+
+
+async def test_told_to_end_a_worker_loses_nothing(patient: Worker) -> None:
+    for run in ("a", "b"):
+        await patient.open(run)
+        await patient.did(1, passing(1), run)
+    await patient.did(2, OptimStep(0.5), "a")
+    await patient.did(2, SaveState(), "b")
+    patient.trainer.gate.clear()
+    patient.submit(3, passing(3), "a")
+    patient.submit(4, passing(4), "a")  # not begun when the worker is told to end
+    await until(lambda: patient.running("a") == 3)
+    patient.runs.let_go()
+    patient.trainer.gate.set()
+    await patient.restart()
+    status = await patient.open("a")
+    assert (status.origin, status.next_seq, status.optim_steps) == ("restored", 4, 1)
+    assert patient.done("a") == ["pass:1", "optim:0.5", "pass:3"]
+    assert (await patient.outcome(3, "a")).result is not None
+    assert (await patient.open("b")).next_seq == 3
+
+
+async def test_told_to_end_a_full_disk_costs_no_other_run(
+    patient: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in ("a", "b"):
+        await patient.open(run)
+        await patient.did(1, passing(1), run)
+    write = patient.trainer.save_state
+
+    def full(run: str, folder: Path) -> None:
+        if run == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(run, folder)
+
+    monkeypatch.setattr(patient.trainer, "save_state", full)
+    await patient.restart()
+    assert (await patient.open("a")).origin == "created"
+    assert (await patient.open("b")).next_seq == 2
+
+
+async def test_told_to_end_it_waits_no_longer_than_it_may(worker: Worker) -> None:
+    worker.save_s = 0.05
+    await worker.restart()
+    await worker.open()
+    await worker.did(1, passing(1))
+    worker.trainer.gate.clear()
+    worker.submit(2, passing(2))
+    await until(lambda: worker.running("a") == 2)
+    stopping = asyncio.ensure_future(worker.runs.stop())
+    await until(lambda: not worker.runs.alive)
+    worker.trainer.gate.set()
+    await stopping
+    worker.trainer = FakeTrainer()
+    await worker.start()
+    assert (await worker.open()).origin == "created"
 
 
 async def test_acknowledged_outcomes_are_not_written(worker: Worker) -> None:

@@ -74,3 +74,19 @@ async def test_killed_and_taken_up_again(worker: tuple[Process, str], tmp_path: 
             assert after.metrics.get("grad_norm:mean") == before.metrics.get("grad_norm:mean")
         await run.delete()
     assert [each.name for each in (tmp_path / "runs").iterdir()] == [".lock"]
+
+
+async def test_told_to_end_and_taken_up_where_it_was(worker: tuple[Process, str]) -> None:
+    process, url = worker
+    trainer = Trainer("here", TrainerKind.HF, "tiny", url, api_key="k3y")
+    async with TrainerClient(trainer) as client:
+        run = client.run("job")
+        await run.open("tiny", SPEC, 1)
+        first = await done(run, 1, [*STEP, STEP[0]])
+        process.terminate()
+        process.start()
+        process.wait_http(f"{url}/health")
+        status = await run.open("tiny", SPEC, 2)
+        assert (status.origin, status.next_seq, status.optim_steps) == ("restored", 4, 1)
+        assert await run.outcome(3) == first[2]
+        await run.delete()

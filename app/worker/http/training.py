@@ -52,6 +52,7 @@ async def training_with(
         base_model=base_model,
         max_runs=settings.worker_max_runs,
         max_rank=settings.worker_max_lora_rank,
+        save_s=settings.drain_timeout_s,
     )
     await runs.start()
     training = Training(runs, sampler.tokens)

@@ -11,8 +11,8 @@ from contextlib import suppress
 
 import msgspec
 
-from app.errors import LoragateError
-from app.ops import Outcome, Result
+from app.errors import Conflict, Fenced, LoragateError
+from app.ops import OpenRun, Outcome, Result
 from app.worker.trainers.oplog import Done, OpLog, Waiting
 from app.worker.trainers.states import Manifest, Record
 
@@ -94,3 +94,19 @@ class LiveRun:
         for future in self._waiters.pop(seq, ()):
             if not future.done():
                 future.set_result(None)
+
+
+def check_fence(run: str, record: Record | None, fence: int | None) -> None:
+    """Raises Fenced unless this attempt may have the run; None always may."""
+    if record is not None and fence is not None and fence < record.fence:
+        raise Fenced(f"attempt {record.fence} has run {run!r}, and attempt {fence} must stop")
+
+
+def check_same(run: str, record: Record, asked: OpenRun) -> None:
+    """Raises Conflict if the run is another one than asked for, or Fenced."""
+    if (record.base_model, record.lora) != (asked.base_model, asked.lora):
+        raise Conflict(
+            f"run {run!r} trains {record.lora} of {record.base_model!r}; it cannot be opened "
+            f"with {asked.lora} of {asked.base_model!r}"
+        )
+    check_fence(run, record, asked.fence)

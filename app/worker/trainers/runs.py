@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -21,7 +22,6 @@ from app.clock import Clock
 from app.domain import LoraSpec
 from app.errors import (
     Conflict,
-    Fenced,
     InvalidRequest,
     NotFound,
     RunLost,
@@ -29,7 +29,7 @@ from app.errors import (
     TrainerBusy,
 )
 from app.ops import OpenRun, RunStatus, RunSummary, TrainerInfo
-from app.worker.trainers.live import LiveRun
+from app.worker.trainers.live import LiveRun, check_fence, check_same
 from app.worker.trainers.oplog import Waiting
 from app.worker.trainers.perform import Performer
 from app.worker.trainers.states import Manifest, Record, plain
@@ -50,6 +50,7 @@ class Runs:
         base_model: what the worker calls its base; runs of another are refused.
         max_runs: runs the engine holds at once; others are on disk.
         max_rank: largest rank of an adapter.
+        save_s: how long a worker that is told to end may write what no state holds, in seconds.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Runs:
         base_model: str,
         max_runs: int,
         max_rank: int,
+        save_s: float,
     ) -> None:
         self._live: dict[str, LiveRun] = {}
         self.turns = Turns(self._live, performer, clock)
@@ -69,8 +71,9 @@ class Runs:
         self._base_model = base_model
         self._max_runs = max_runs
         self._max_rank = max_rank
+        self._save_s = save_s
         self._opening = 0
-        self._leaving = False
+        self._leaving: asyncio.Task[None] | None = None
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._serving: asyncio.Task[None] | None = None
 
@@ -93,14 +96,21 @@ class Runs:
         self._serving = asyncio.get_running_loop().create_task(self._serve(), name="turns")
 
     def let_go(self) -> None:
-        """The worker is about to end: whoever waits for an outcome shall ask again later."""
-        self._leaving = True
-        for live in self._live.values():
-            live.wake_all()
+        """The worker is about to end: begin no op any more, and write what no state holds.
+
+        Whoever waits for an outcome shall ask again later.
+        """
+        if self._leaving is None:
+            for live in self._live.values():
+                live.held = True
+                live.wake_all()
+            self._leaving = asyncio.get_running_loop().create_task(self._save_all(), name="save")
 
     async def stop(self) -> None:
-        """Finish the op that is being done and no other. What no state holds is lost."""
+        """End, once states are written. What did not get into one within `save_s` is lost."""
         self.let_go()
+        if self._leaving is not None:
+            await asyncio.wait([self._leaving])
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.wait([self._serving])
@@ -165,7 +175,7 @@ class Runs:
     ) -> bytes | None:
         """The outcome of an op as msgpack, or None if there is none within `wait_s`."""
         found = self._find(run, fence).log.outcome(seq)
-        if found is None and wait_s > 0 and not self._leaving:
+        if found is None and wait_s > 0 and self._leaving is None:
             await self._live[run].news(seq, wait_s)
             found = self._find(run, fence).log.outcome(seq)
         return found
@@ -197,13 +207,13 @@ class Runs:
         async with self._lock(run):
             live = self._live.get(run)
             if live is not None:
-                _check_fence(run, live.record, fence)
+                check_fence(run, live.record, fence)
                 live.held = True
                 await self._clear(live)
                 await self._forget(live)
             else:
                 record = await self._performer.on_disk(lambda: self._states.record(run))
-                _check_fence(run, record, fence)
+                check_fence(run, record, fence)
             await self._performer.on_disk(lambda: self._states.delete(run))
 
     async def file(self, run: str, name: str, file: str) -> Path:
@@ -224,11 +234,27 @@ class Runs:
             logger.exception("the trainer's turns ended")
             raise
 
+    async def _save_all(self) -> None:
+        """Write a state of every run that has done more than its last one holds."""
+        saving = [self._save(live) for live in self._live.values()]
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*saving), self._save_s)
+
+    async def _save(self, live: LiveRun) -> None:
+        async with self._lock(live.id):
+            await live.at_rest()
+            if self._live.get(live.id) is not live or live.saved == live.log.next_seq:
+                return
+            try:
+                await self._performer.save(live, live.manifest())
+            except Exception as exc:  # noqa: BLE001 - the other runs' states matter as much
+                logger.warning("run %s is left without its last ops: %s", live.id, exc)
+
     async def _stored(self) -> list[tuple[str, int]]:
         return await self._performer.on_disk(lambda: list(self._states.runs()))
 
     async def _adopt(self, live: LiveRun, asked: OpenRun) -> RunStatus:
-        _check_same(live.id, live.record, asked)
+        check_same(live.id, live.record, asked)
         newer = asked.fence > live.record.fence
         live.touched = self._clock.monotonic()
         if newer:
@@ -242,7 +268,7 @@ class Runs:
         record = await self._performer.on_disk(lambda: self._states.record(run))
         found = await self._performer.on_disk(lambda: self._states.newest(run))
         if known := record or (found[0].record if found else None):
-            _check_same(run, known, asked)
+            check_same(run, known, asked)
         self._check(asked)
         await self._make_room(run)
         self._opening += 1
@@ -346,26 +372,12 @@ class Runs:
         live = self._live.get(run)
         if live is None:
             raise RunLost(f"run {run!r} is not in this worker's memory; open it")
-        _check_fence(run, live.record, fence)
+        check_fence(run, live.record, fence)
         live.touched = self._clock.monotonic()
         return live
 
     def _lock(self, run: str) -> asyncio.Lock:
         return self._locks.setdefault(run, asyncio.Lock())
-
-
-def _check_fence(run: str, record: Record | None, fence: int | None) -> None:
-    if record is not None and fence is not None and fence < record.fence:
-        raise Fenced(f"attempt {record.fence} has run {run!r}, and attempt {fence} must stop")
-
-
-def _check_same(run: str, record: Record, asked: OpenRun) -> None:
-    if (record.base_model, record.lora) != (asked.base_model, asked.lora):
-        raise Conflict(
-            f"run {run!r} trains {record.lora} of {record.base_model!r}; it cannot be opened "
-            f"with {asked.lora} of {asked.base_model!r}"
-        )
-    _check_fence(run, record, asked.fence)
 
 
 def _status(live: LiveRun, origin: Literal["created", "live", "restored"]) -> RunStatus:
