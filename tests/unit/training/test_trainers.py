@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from app import errors
+from app.db.blobs import AdapterStore
 from app.domain import LoraSpec, Trainer, TrainerKind
-from app.errors import TrainerError, TrainerUnavailable
+from app.errors import StorageUnavailable, TrainerError, TrainerUnavailable
 from app.ops import (
     Failure,
     OptimStep,
@@ -211,6 +212,24 @@ async def test_a_file_that_is_another(script: Script, run: RunClient, tmp_path: 
     with pytest.raises(TrainerError, match="digest differs"):
         await run.download("x", [saved(b"that")], tmp_path)
     assert not (tmp_path / "f").exists()
+
+
+async def test_a_full_disk_is_nobody_else_s_fault(
+    script: Script, run: RunClient, tmp_path: Path
+) -> None:
+    large = bytes(1 << 20)
+    script.answers = [(200, large), (200, b"{}")]
+    store = AdapterStore(tmp_path)
+
+    async def fetch() -> None:
+        with store.staging() as folder:
+            (folder / "w").symlink_to("/dev/full")
+            await run.download("x", [saved(large, "w")], folder)
+
+    with pytest.raises(StorageUnavailable, match="No space left"):
+        await fetch()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    await run.download("x", [saved(b"{}", "later")], tmp_path)  # the client is as good as before
 
 
 @pytest.mark.parametrize("name", ["", "..", "../up", "/etc/passwd", "a\0b"])
