@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -69,6 +71,12 @@ _CODES: dict[str, Callable[[str], LoragateError]] = {
 _encode = msgspec.msgpack.Encoder().encode
 
 
+@cache
+def _authorities() -> ssl.SSLContext:
+    """What vouches for https workers, read once: it takes longer than most requests."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 class _Complaint(msgspec.Struct):
     code: str
     message: str
@@ -90,8 +98,7 @@ class TrainerClient:
             timeout=httpx.Timeout(SILENCE_S, connect=connect_s),
             limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
             trust_env=False,
-            # Reading every known authority takes longer than most requests.
-            verify=trainer.url.startswith("https:"),
+            verify=_authorities() if trainer.url.startswith("https:") else False,
         )
 
     async def __aenter__(self) -> Self:
