@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Protocol
 
-from app.control import files
+from app.control import files, rollout
 from app.db.file_store import FileStore
 from app.domain import Job, JobEvent, JobEventType, Trainer
 from app.errors import Conflict, LoragateError, NotTrainable, RequestError, TrainerError
@@ -30,12 +30,14 @@ from app.training.patience import Patience, Stopped
 from app.training.run import ConnectTrainer, Run
 from app.training.spec import FineTuneResult, FineTuneSpec
 
+#: How long a job that has ended waits for a replica to have loaded its model.
+LOAD_S = 10.0
 #: How long the end of a job waits for its worker to forget the run; `tidy_runs` asks again.
 FORGET_S = 10.0
 _PAGE = 1000
 
 
-class Rooms(fine_tune_load.Rooms, Protocol):
+class Rooms(fine_tune_load.Rooms, rollout.Rooms, Protocol):
     """What a fine-tune job needs of the running gateway."""
 
     @property
@@ -64,16 +66,17 @@ class FineTune:
                 patience=Patience(ctx.clock, self._rooms.settings.trainer_patience_s),
             )
             try:
-                await _see_through(attempt)
+                await _see_through(self._rooms, attempt)
             except RequestError:  # the job fails, and nobody asks for its run again
                 await _forget(attempt.run)
                 raise
 
 
-async def _see_through(attempt: Attempt) -> None:
+async def _see_through(rooms: Rooms, attempt: Attempt) -> None:
     recorder = await _work(attempt)
     if recorder is not None and recorder.last is not None:
         await _apply(attempt, recorder)
+        await _load_ahead(rooms, attempt.spec.model)
     elif attempt.ctx.flags.cancel:
         await _cancel(attempt, recorder)
     else:
@@ -123,7 +126,19 @@ async def _apply(attempt: Attempt, recorder: Recorder) -> None:
             hyperparameters=recorder.of.facts["hyperparameters"],
         )
         await queue.finish(session, ctx.clock, ctx.lease, result.to_json())
-    attempt.rooms.publish.wake()
+
+
+async def _load_ahead(rooms: Rooms, model: str) -> None:
+    """Have the model loaded by the time that someone who saw the job succeed asks for it.
+
+    The job has ended: nothing depends on this, and what is wrong here is said to whoever asks.
+    """
+    with suppress(LoragateError, TimeoutError):
+        async with asyncio.timeout(LOAD_S):
+            await rooms.publish.settle(LOAD_S)
+            made = rooms.snapshots.current.adapters.get(model)
+            if made is not None:
+                await rollout.prepare(rooms, model, [max(made.versions)])
 
 
 def _keep(store: FileStore, content: bytes) -> str:

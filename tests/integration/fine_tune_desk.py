@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ from app.jobs import queue
 from app.jobs.context import JobContext
 from app.jobs.queue import Flags, NewEvent, NewJob
 from app.serving.meter import Meter
+from app.serving.snapshot import Snapshots
 from app.settings import Settings
 from app.training.run import TrainerHost
 from app.training.spec import FineTuneResult, FineTuneSpec
@@ -92,6 +94,8 @@ class Desk:
     trainers: dict[str, Trainer] = field(default_factory=lambda: {TRAINER.name: TRAINER})
     published: int = 0
     meter: Meter = field(default_factory=Meter)
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    fleet: Any = field(default_factory=lambda: SimpleNamespace(pools={}))
 
     def __post_init__(self) -> None:
         self.publish = Activator("publish", self._publish, 60.0, self.clock)

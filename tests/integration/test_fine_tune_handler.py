@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
 from app.control import adapters, files, probes
+from app.control.driver import Activator
+from app.control.tasks.publish import Publish
 from app.db.tables import AdapterRow, CheckpointRow, FileRow, VersionRow
 from app.domain import (
+    AdapterVersion,
     File,
     JobKind,
     JobStatus,
 )
 from app.errors import (
+    AdapterLoadFailed,
     AdapterRejected,
     Conflict,
     InvalidTrainingFile,
@@ -26,10 +31,12 @@ from app.errors import (
     NotTrainable,
     StorageUnavailable,
     TrainerUnavailable,
+    UpstreamError,
 )
 from app.jobs import queue
 from app.jobs.queue import Flags
 from app.jobs.runner import Runner
+from app.serving.snapshot import Snapshot
 from app.training.spec import FineTuneResult
 from tests.fakes.training_worker import no_trouble, unavailable
 from tests.integration.fine_tune_desk import (
@@ -80,6 +87,39 @@ async def test_a_job_ends_as_a_model_that_can_be_asked_for(desk: Desk, training:
     assert not desk.worker.live
     assert not desk.worker.states
     assert not desk.worker.files
+
+
+class Replicas:
+    """A fleet that is told what to load; `error` is what comes of it."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.pools: dict[str, Any] = {}
+        self.asked: list[str] = []
+        self.error = error
+
+    async def sync(self, _: Snapshot) -> None:
+        """Nothing here follows the registry."""
+
+    async def prepare(self, version: AdapterVersion, pool: str, like: Iterable[str]) -> None:
+        self.asked.append(version.upstream_name)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, AdapterLoadFailed("no"), UpstreamError("away")])
+async def test_its_model_is_loaded_before_anyone_asks_for_it(
+    desk: Desk, training: File, error: Exception | None
+) -> None:
+    desk.fleet = Replicas(error)
+    published = Publish(desk.db, desk.snapshots, desk.fleet, desk.settings)
+    desk.publish = Activator("publish", published.activate, 60.0, desk.clock)
+    publishing = asyncio.ensure_future(desk.publish.loop())
+    job = await desk.submit(training)
+    await desk.attempt()
+    publishing.cancel()
+    assert desk.fleet.asked == [f"{job.spec['model']}@2"]
+    assert (await desk.get(job.id)).status is JobStatus.SUCCEEDED
+    assert not desk.worker.live  # and its run is forgotten all the same
 
 
 async def test_events_tell_what_happens(desk: Desk, training: File) -> None:
