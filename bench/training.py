@@ -58,7 +58,7 @@ class Plan:
     endings: int
 
 
-THOROUGH = Plan(rounds=3, steps=50, contest_rounds=5, contest_steps=20, endings=50)
+THOROUGH = Plan(rounds=2, steps=10, contest_rounds=3, contest_steps=8, endings=50)
 QUICK = Plan(rounds=1, steps=4, contest_rounds=2, contest_steps=3, endings=3)
 
 
