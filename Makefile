@@ -13,7 +13,7 @@ serve: $(VENV)/.worker  ## run the gateway with the demo model on http://127.0.0
 	@$(BIN)/loragate serve --log-format text --hello
 
 test: $(VENV)/.test  ## run every test; those of a real vLLM need `make vllm` once
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.test  ## format, lint, types, imports, migrations
 	@echo "check: format and lint"

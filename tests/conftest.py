@@ -65,12 +65,8 @@ def asyncio_runner() -> Iterator[asyncio.Runner]:
 def pytest_itemcollected(item: pytest.Item) -> None:
     if isinstance(item, pytest.Function) and _is_async(item.obj):
         item.fixturenames.insert(0, RUNNER)
-    group = str(item.path)
     if item.get_closest_marker("vllm"):
         item.add_marker(pytest.mark.timeout(STARTS_VLLM_S))
-        group = "vllm"
-    # In several processes: a file's fixtures in one of them, and one vLLM for all.
-    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(tryfirst=True)
