@@ -29,7 +29,10 @@ def draw(title: str, steps: Sequence[dict[str, Any]], target: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(
-        [each["step"] for each in steps], [each["train_loss"] for each in steps], label="training"
+        [each["step"] for each in steps],
+        [each["train_loss"] for each in steps],
+        marker="o" if len(steps) == 1 else None,  # a line through one point shows nothing
+        label="training",
     )
     validated = [each for each in steps if each.get("full_valid_loss") is not None]
     if validated:
@@ -43,4 +46,4 @@ def draw(title: str, steps: Sequence[dict[str, Any]], target: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=150)
+    figure.savefig(target, dpi=150, format="png")
