@@ -7,14 +7,14 @@ as it ended. What it must not know: how the end is shown.
 from __future__ import annotations
 
 import time
-from typing import Any, TypedDict
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from app.cli.gateway import Gateway, Refused
+from app.cli.gateway import Refused
 
 _POLL_S = 0.5
 _PAGE = 100
@@ -23,36 +23,36 @@ _ENDED = ("succeeded", "failed", "cancelled")
 _PASSING = (0, 502, 503, 504)
 
 
-class Outcome(TypedDict):
-    """The job as it ended, and what a ready-made command needs to ask for its model."""
+class Readable(Protocol):
+    """What watching needs of a gateway: the JSON at a path, or `Refused`."""
 
-    job: dict[str, Any]
-    url: str
-    keyed: bool
+    def get(self, path: str, **params: object) -> Any: ...
 
 
-def follow_job(gateway: Gateway, id: str, console: Console) -> Outcome:
-    """Show a job's events as they come, until it has ended.
+def follow_job(gateway: Readable, id: str, console: Console) -> dict[str, Any]:
+    """Show a job's events as they come, and return the job once it has ended.
 
-    A gateway that does not answer is asked again: the job goes on without anybody watching.
+    A gateway that has answered once and then does not is asked again: the job goes on without
+    anybody watching.
 
     Raises:
-        Refused: the gateway knows no such job, or the key may not see it.
+        Refused: the gateway knows no such job, the key may not see it, or there is no gateway.
     """
     path = f"/v1/fine_tuning/jobs/{quote(id, '')}"
+    gateway.get(path)  # a wrong address is a mistake to report, not a restart to wait for
     watching = Watching(console)
     with watching.bar:
         while True:
             try:
-                job = gateway.get(path)
-                watching.show(_since(gateway, path, watching.seen), job)
+                job: dict[str, Any] = gateway.get(path)
+                watching.show(events_since(gateway, path, watching.seen), job)
             except Refused as exc:
                 if exc.status not in _PASSING:
                     raise
                 watching.waiting(str(exc))
             else:
                 if job["status"] in _ENDED:
-                    return {"job": job, "url": gateway.url, "keyed": gateway.keyed}
+                    return job
             time.sleep(_POLL_S)
 
 
@@ -84,14 +84,18 @@ class Watching:
                 self._step(event["data"])
             if event["type"] != "metrics" or not self._console.is_terminal:
                 style = "red" if event["level"] == "error" else ""
-                self._console.print(Text(event["message"], style=style))
+                self._say(event["message"], style)
         self.bar.update(self._task, description=_state(job))
 
     def waiting(self, why: str) -> None:
         """The gateway does not answer; said once."""
         if not self._away:
-            self._console.print(Text(f"waiting: {why}", style="dim"))
+            self._say(f"waiting for the gateway: {why}", "dim")
         self._away = True
+
+    def _say(self, message: str, style: str) -> None:
+        # Unwrapped: what reads a pipe takes a line for a message.
+        self._console.print(Text(" ".join(message.split()), style=style), soft_wrap=True)
 
     def _step(self, data: dict[str, Any]) -> None:
         parts = [f"loss {data['train_loss']:.4f}"]
@@ -112,8 +116,11 @@ def _state(job: dict[str, Any]) -> str:
     return str(job["status"]) if position is None else f"{job['status']}, {position} before it"
 
 
-def _since(gateway: Gateway, path: str, seen: str | None) -> list[dict[str, Any]]:
-    """The events after the one that was seen, the oldest first. The API's pages go back in time."""
+def events_since(gateway: Readable, path: str, seen: str | None) -> list[dict[str, Any]]:
+    """A job's events after the one that was seen (all for None), the oldest first.
+
+    `path` is the job's. The API's pages go back in time.
+    """
     found: list[dict[str, Any]] = []
     after: str | None = None
     while True:

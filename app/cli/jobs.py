@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 
 from app.cli import tables
 from app.cli.command import command
-from app.cli.follow import Outcome, follow_job
+from app.cli.follow import events_since, follow_job
 from app.cli.gateway import Gateway
 from app.cli.loss_plot import draw
 from app.cli.terminal import stderr
@@ -28,7 +28,6 @@ app = typer.Typer(help="Fine-tune jobs: submit, follow, cancel.", no_args_is_hel
 Id = Annotated[str, typer.Argument(help="The job's id, as `loragate jobs list` shows it.")]
 
 _ALL = "/v1/fine_tuning/jobs"
-_PAGE = 100
 
 
 def _job(found: dict[str, Any]) -> RenderableType:
@@ -47,7 +46,7 @@ def _job(found: dict[str, Any]) -> RenderableType:
 
 
 def _jobs(found: dict[str, Any]) -> RenderableType:
-    return tables.table(
+    rows = tables.table(
         "job", "status", "base model", "model", "created",
         rows=(
             (
@@ -61,22 +60,28 @@ def _jobs(found: dict[str, Any]) -> RenderableType:
         ),
         empty="no jobs; submit one with `loragate jobs submit train.jsonl`",
     )  # fmt: skip
+    if not found["has_more"]:
+        return rows
+    return Group(rows, tables.line(f"there are more: --after {found['data'][-1]['id']}"))
 
 
-def _ended(outcome: Outcome) -> RenderableType:
-    job = outcome["job"]
-    model = job.get("fine_tuned_model")
-    if job["status"] != "succeeded" or not model:
+def _ended(job: dict[str, Any]) -> RenderableType:
+    if job["curl"] is None:
         return _job(job)
+    succeeded = f"{job['id']} succeeded. The model is {job['fine_tuned_model']}\n"
+    return Group(tables.line(succeeded), tables.line(job["curl"]))
+
+
+def _curl(gateway: Gateway, model: str) -> str:
+    """A command for a shell that asks the model something."""
     body = json.dumps(
         {"model": model, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False
     )
-    login = " \\\n  -H 'Authorization: Bearer YOUR_KEY'" if outcome["keyed"] else ""
-    curl = (
-        f"curl {outcome['url']}/v1/chat/completions -H 'Content-Type: application/json'{login} \\\n"
+    login = " \\\n  -H 'Authorization: Bearer YOUR_KEY'" if gateway.keyed else ""
+    return (
+        f"curl {gateway.url}/v1/chat/completions -H 'Content-Type: application/json'{login} \\\n"
         f"  -d {shlex.quote(body)}"
     )
-    return Group(tables.line(f"{job['id']} succeeded. The model is {model}\n"), tables.line(curl))
 
 
 @command(app, "submit", _job)
@@ -96,6 +101,9 @@ def submit(
     seed: Annotated[int | None, typer.Option(help="What shuffling and weights start from.")] = None,
 ) -> Any:
     """Upload examples and queue a job that trains an adapter on them."""
+    for path in (training_file, validation_file):
+        if path is not None and not path.is_file():
+            raise InvalidRequest(f"{path} is not a file")
     given = {
         "n_epochs": epochs,
         "batch_size": batch_size,
@@ -133,7 +141,9 @@ def show(gateway: Gateway, id: Id) -> Any:
 @command(app, "follow", _ended)
 def follow(gateway: Gateway, id: Id) -> Any:
     """Watch a job until it ends; a gateway that restarts meanwhile is waited for."""
-    return follow_job(gateway, id, stderr)
+    job = follow_job(gateway, id, stderr)
+    model = job["fine_tuned_model"] if job["status"] == "succeeded" else None
+    return {**job, "curl": model and _curl(gateway, model)}
 
 
 @command(app, "cancel", _job)
@@ -176,18 +186,10 @@ def _one(id: str) -> str:
 
 
 def _uploaded(gateway: Gateway, path: Path) -> str:
-    if not path.is_file():
-        raise InvalidRequest(f"{path} is not a file")
     return str(gateway.send_file("/v1/files", path, {"purpose": "fine-tune"})["id"])
 
 
 def _steps(gateway: Gateway, id: str) -> list[dict[str, Any]]:
     """The data of every step's event, from the first step to the last."""
-    found: list[dict[str, Any]] = []
-    after: str | None = None
-    while True:
-        page = gateway.get(f"{_one(id)}/events", limit=_PAGE, after=after)
-        found += [each["data"] for each in page["data"] if each["type"] == "metrics"]
-        if not page["has_more"]:
-            return sorted(found, key=lambda data: data["step"])
-        after = page["data"][-1]["id"]
+    events = events_since(gateway, _one(id), None)
+    return [each["data"] for each in events if each["type"] == "metrics"]
