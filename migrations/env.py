@@ -12,7 +12,8 @@ from alembic import context
 from sqlalchemy import Connection
 
 from app.db.engine import Database, database_url
-from app.db.tables import Instant, Row
+from app.db.schema import METADATA
+from app.db.tables import Instant
 from app.settings import Settings
 
 
@@ -20,7 +21,7 @@ def run(connection: Connection) -> None:
     """Run what was asked for. SQLite cannot alter most things, so tables are copied there."""
     context.configure(
         connection=connection,
-        target_metadata=Row.metadata,
+        target_metadata=METADATA,
         render_as_batch=connection.dialect.name == "sqlite",
         compare_type=True,
         transactional_ddl=True,

@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.clock import Clock
 from app.control import adapters
 from app.control.intake import Admitted
-from app.db.tables import AdapterRow, CheckpointRow, VersionRow
+from app.db.job_tables import CheckpointRow
+from app.db.tables import AdapterRow, VersionRow
 from app.domain import Job, Probe
 
 

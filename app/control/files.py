@@ -21,7 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.clock import Clock
 from app.control.views import Page
 from app.db.engine import Database
-from app.db.tables import FileRow, JobRow
+from app.db.file_tables import FileRow
+from app.db.job_tables import JobRow
 from app.domain import File, JobKind, JobStatus
 from app.errors import InvalidRequest, NotFound
 

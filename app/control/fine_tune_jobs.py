@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
-from app.db.tables import CheckpointRow, JobRow
+from app.db.job_tables import CheckpointRow, JobRow
 from app.domain import Checkpoint, Job, JobEvent, JobKind, JobStatus, Trainer
 from app.errors import InvalidRequest, NotFound
 from app.jobs import queue

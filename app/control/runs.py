@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
-from app.db.tables import JobRow, TrainingRunRow
+from app.db.job_tables import JobRow, TrainingRunRow
 from app.domain import Job, JobKind, LoraSpec, TrainingRun
 from app.errors import NotFound
 from app.jobs import queue

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
 from app.control import files
-from app.db.tables import FileRow, UploadPartRow, UploadRow
+from app.db.file_tables import FileRow, UploadPartRow, UploadRow
 from app.domain import File
 from app.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound
 

@@ -33,8 +33,9 @@ from sqlalchemy.orm import aliased
 
 from app.clock import Clock
 from app.db.engine import POSTGRESQL
+from app.db.job_tables import JobRow
 from app.db.leases import database_time
-from app.db.tables import Instant, JobRow
+from app.db.tables import Instant
 from app.domain import Job, JobEventType, JobKind, JobStatus
 from app.jobs.rows import NewEvent, event_row, has, job_of
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import aliased
 
 from app.clock import Clock
 from app.db.engine import POSTGRESQL
-from app.db.tables import JobEventRow, JobRow
+from app.db.job_tables import JobEventRow, JobRow
 from app.domain import Job, JobEvent, JobKind, JobStatus
 from app.errors import InvalidRequest
 from app.jobs.claims import last_served, on_trainer

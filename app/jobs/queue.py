@@ -26,8 +26,8 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
+from app.db.job_tables import JobRow
 from app.db.leases import database_time
-from app.db.tables import JobRow
 from app.domain import Job, JobError, JobEventType, JobKind, JobStatus
 from app.errors import Conflict
 from app.jobs.claims import claim

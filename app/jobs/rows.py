@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, literal, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
-from app.db.tables import JobEventRow, JobRow
+from app.db.job_tables import JobEventRow, JobRow
 from app.domain import Job, JobError, JobEvent, JobEventType, JobKind, JobStatus
 from app.errors import NotFound
 

@@ -13,8 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
 from app.db.engine import Database
+from app.db.job_tables import JobRow
 from app.db.leases import database_time
-from app.db.tables import JobRow
 from app.domain import Job, JobEvent, JobKind
 from app.jobs import queue
 from app.jobs.queue import NewJob

@@ -15,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, inspect, text
 
 from app.db.engine import Database, database_url, migrate
-from app.db.tables import Row
+from app.db.schema import METADATA
 from app.errors import ConfigurationError
 from app.settings import Settings
 from tests.contract.conftest import POSTGRES, Server
@@ -55,7 +55,7 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def drift(connection: Connection) -> list[object]:
-    return list(compare_metadata(MigrationContext.configure(connection), Row.metadata))
+    return list(compare_metadata(MigrationContext.configure(connection), METADATA))
 
 
 def tables(connection: Connection) -> set[str]:
@@ -68,7 +68,7 @@ async def test_upgrading_makes_what_the_code_declares(empty: str) -> None:
     await db.migrate()  # again: nothing to do
     async with db.engine.connect() as connection:
         assert await connection.run_sync(drift) == []
-        assert await connection.run_sync(tables) == {*Row.metadata.tables, "alembic_version"}
+        assert await connection.run_sync(tables) == {*METADATA.tables, "alembic_version"}
         value = await connection.execute(text("SELECT id, value FROM registry_revision"))
         assert value.all() == [(1, 0)]
     await db.close()

@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import select, update
 
 from app.db.engine import Database
+from app.db.job_tables import JobRow
 from app.db.leases import database_time
-from app.db.tables import JobRow
 from app.domain import Job, JobError, JobEventType, JobKind, JobStatus
 from app.errors import Conflict, NotFound
 from app.jobs import queue

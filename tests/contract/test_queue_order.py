@@ -10,8 +10,8 @@ from sqlalchemy import text, update
 
 from app.control.tasks.expire_jobs import ExpireJobs
 from app.db.engine import Database
+from app.db.job_tables import JobRow
 from app.db.leases import database_time
-from app.db.tables import JobRow
 from app.domain import Job, JobError, JobKind, JobStatus
 from app.errors import InvalidRequest, NotFound
 from app.jobs import queue

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, insert, text
 
 from app.db.engine import POSTGRESQL, Database
-from app.db.tables import JobRow
+from app.db.job_tables import JobRow
 from app.domain import JobKind, JobStatus
 from app.jobs import queue
 from app.jobs.rows import lease_of

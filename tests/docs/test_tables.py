@@ -11,7 +11,7 @@ from app import domain, errors
 from app.api.errors import KINDS, headers_of
 from app.control import adapters, aliases, archives, inspect_probe, keys, safetensors_header, usage
 from app.control.inspect_adapter import FEATURES, MAX_CONFIG_BYTES
-from app.db.tables import Row
+from app.db.schema import METADATA
 from app.telemetry import METRICS, Event
 from tests.docs.pages import ROOT, codes, page
 
@@ -141,7 +141,7 @@ def test_every_log_event_is_documented() -> None:
 
 
 def test_every_table_and_index_is_in_the_locking_page() -> None:
-    tables = Row.metadata.tables.values()
+    tables = METADATA.tables.values()
     named = {code for cell, *_ in LOCKING.table("Table") for code in codes(cell)}
     assert named == {table.name for table in tables}
     indexes = {str(index.name) for table in tables for index in table.indexes}

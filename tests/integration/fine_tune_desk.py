@@ -25,7 +25,7 @@ from app.control.driver import Activator
 from app.db.blobs import FILES, AdapterStore
 from app.db.engine import Database
 from app.db.file_store import FileStore
-from app.db.tables import CheckpointRow
+from app.db.job_tables import CheckpointRow
 from app.domain import (
     BaseModel,
     File,

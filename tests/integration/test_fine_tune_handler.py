@@ -14,7 +14,9 @@ from sqlalchemy import select
 from app.control import adapters, files, probes
 from app.control.driver import Activator
 from app.control.tasks.publish import Publish
-from app.db.tables import AdapterRow, CheckpointRow, FileRow, VersionRow
+from app.db.file_tables import FileRow
+from app.db.job_tables import CheckpointRow
+from app.db.tables import AdapterRow, VersionRow
 from app.domain import (
     AdapterVersion,
     File,

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.control import adapters
 from app.control.inspect_adapter import AdapterFacts
-from app.db.tables import CheckpointRow
+from app.db.job_tables import CheckpointRow
 from app.domain import Job, JobError, JobEventType, JobKind
 from app.jobs import queue
 from app.jobs.runner import Runner

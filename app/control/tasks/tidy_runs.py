@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from sqlalchemy import select
 
 from app.db.engine import Database
-from app.db.tables import JobRow, TrainingRunRow
+from app.db.job_tables import JobRow, TrainingRunRow
 from app.domain import JobKind, JobStatus, Trainer
 from app.errors import TrainerError
 from app.training.run import ConnectTrainer

@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import SystemClock
 from app.db.engine import Database
+from app.db.job_tables import JobRow
 from app.db.leases import database_time
-from app.db.tables import JobRow
 from app.domain import Job, JobEventType, JobKind, JobStatus
 from app.errors import (
     InvalidRequest,
