@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from app.control.backends import HF_JOBS
 from app.domain import Trainer, TrainerKind
 from app.errors import ConfigurationError, TrainerError
 from app.ops import TrainerInfo
@@ -17,7 +18,6 @@ from app.training.trainers import TrainerClient
 
 #: A client that submits a job waits no longer for what only makes its errors come sooner.
 PATIENCE_S = 2.0
-HF_JOBS = 8
 
 
 def declared(settings: Settings) -> Mapping[str, Trainer]:

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from app.clock import Clock, SystemClock
+from app.db import durable
 from app.db.faults import from_disk
 
 CONFIG_FILE = "adapter_config.json"
@@ -64,8 +65,8 @@ class AdapterStore:
         """
         digest = digest_of(staged)
         target = self.path(digest)
-        if self._renew(target):
-            _fsync(target.parent)  # whoever put them there may not have come to it yet
+        if durable.renew(target, self._clock):
+            durable.fsync(target.parent)  # whoever put them there may not have come to it yet
             return digest
         complete = self._tmp / f"{digest}.{secrets.token_hex(8)}"
         complete.mkdir(mode=0o755)
@@ -73,18 +74,18 @@ class AdapterStore:
             for name in FILES:
                 os.replace(staged / name, complete / name)
                 _seal(complete / name)
-            self._stamp(complete)
-            _fsync(complete)
-            _make_durable(target.parent)
+            durable.stamp(complete, self._clock)
+            durable.fsync(complete)
+            durable.make_folder(target.parent)
             try:
                 os.rename(complete, target)
             except OSError:
                 # Someone else committed the same files first; anything else is a real failure.
-                if not self._renew(target):
+                if not durable.renew(target, self._clock):
                     raise
         finally:
             shutil.rmtree(complete, ignore_errors=True)
-        _fsync(target.parent)
+        durable.fsync(target.parent)
         return digest
 
     def discard(self, digest: str, *, older_than_s: float) -> bool:
@@ -94,7 +95,7 @@ class AdapterStore:
         comes later starts afresh, and one that came just before is seen and gets them back.
         """
         target = self.path(digest)
-        if not self._aged(target, older_than_s):
+        if not durable.aged(target, self._clock, older_than_s):
             return False
         doomed = self._tmp / f"{digest}.{secrets.token_hex(8)}"
         self._tmp.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ class AdapterStore:
             os.rename(target, doomed)
         except FileNotFoundError:
             return False
-        if not self._aged(doomed, older_than_s):
+        if not durable.aged(doomed, self._clock, older_than_s):
             with suppress(OSError):  # committed anew meanwhile: that copy stays, ours goes
                 os.rename(doomed, target)
                 return False
@@ -111,38 +112,19 @@ class AdapterStore:
 
     def digests(self) -> Iterator[str]:
         """Every digest in the store."""
-        for shard in _entries(self.root):
-            if len(shard.name) == 2:
-                yield from (entry.name for entry in _entries(shard) if len(entry.name) == 64)
+        return (found for found in durable.digests(self.root) if self.path(found).is_dir())
 
     def sweep_staging(self, older_than_s: float) -> int:
         """Remove what crashed writers left in staging; returns how many folders."""
-        stale = [entry for entry in _entries(self._tmp) if self._idle(entry, older_than_s)]
+        stale = [entry for entry in durable.entries(self._tmp) if self._idle(entry, older_than_s)]
         for entry in stale:
             shutil.rmtree(entry, ignore_errors=True)
         return len(stale)
 
-    def _renew(self, target: Path) -> bool:
-        """Mark files that are there as just committed; False if they are not there."""
-        try:
-            self._stamp(target)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def _stamp(self, folder: Path) -> None:
-        now = self._clock.now().timestamp()
-        os.utime(folder, (now, now))
-
-    def _aged(self, folder: Path, older_than_s: float) -> bool:
-        """Whether the folder was last stamped that long ago. A missing one has no age."""
-        try:
-            return self._clock.now().timestamp() - folder.stat().st_mtime >= older_than_s
-        except FileNotFoundError:
-            return False
-
     def _idle(self, folder: Path, older_than_s: float) -> bool:
-        """Whether nothing in the folder changed for that long."""
+        """Whether it is a folder in which nothing changed for that long."""
+        if folder.is_symlink() or not folder.is_dir():
+            return False
         try:
             changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
         except FileNotFoundError:
@@ -156,14 +138,6 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(Path(e.path) for e in entries if e.is_dir(follow_symlinks=False))
-    except FileNotFoundError:
-        return []
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -171,18 +145,4 @@ def _sha256(path: Path) -> str:
 
 def _seal(path: Path) -> None:
     path.chmod(0o444)
-    _fsync(path)
-
-
-def _make_durable(folder: Path) -> None:
-    """Make a folder, and make its name survive a power failure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    durable.fsync(path)

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from app.clock import Clock, SystemClock
+from app.db import durable
 from app.db.faults import from_disk
 from app.errors import BodyTooLarge
 
@@ -110,18 +111,14 @@ class FileStore:
         target = self.path(digest)
         with from_disk(_NAME):
             if not self.renew(digest):
-                self._stamp(incoming.path)
+                durable.stamp(incoming.path, self._clock)
                 _move_durably(incoming.path, target)
-            _fsync(target.parent)
+            durable.fsync(target.parent)
         return digest
 
     def renew(self, digest: str) -> bool:
         """Let the file count as just committed, so that it stays for a while; False if not here."""
-        try:
-            self._stamp(self.path(digest))
-        except FileNotFoundError:
-            return False
-        return True
+        return durable.renew(self.path(digest), self._clock)
 
     def discard(self, digest: str, *, older_than_s: float) -> bool:
         """Delete the file of `digest` unless it was committed within `older_than_s`.
@@ -130,7 +127,7 @@ class FileStore:
         starts afresh, and one that came just before is seen and gets it back.
         """
         target = self.path(digest)
-        if not self._aged(target, older_than_s):
+        if not durable.aged(target, self._clock, older_than_s):
             return False
         doomed = self._tmp / f"{digest}.{secrets.token_hex(8)}"
         self._tmp.mkdir(parents=True, exist_ok=True)
@@ -138,7 +135,7 @@ class FileStore:
             os.rename(target, doomed)
         except FileNotFoundError:
             return False
-        if not self._aged(doomed, older_than_s):
+        if not durable.aged(doomed, self._clock, older_than_s):
             os.rename(doomed, target)  # over a newer copy, if there is one: the same bytes
             return False
         doomed.unlink(missing_ok=True)
@@ -146,13 +143,15 @@ class FileStore:
 
     def digests(self) -> Iterator[str]:
         """Every digest in the store."""
-        for shard in _entries(self.root):
-            if len(shard.name) == 2:
-                yield from (entry.name for entry in _entries(shard) if len(entry.name) == 64)
+        return durable.digests(self.root)
 
     def sweep_staging(self, older_than_s: float) -> int:
         """Remove what crashed writers left behind; returns how many files."""
-        stale = [entry for entry in _entries(self._tmp) if self._aged(entry, older_than_s)]
+        stale = [
+            entry
+            for entry in durable.entries(self._tmp)
+            if durable.aged(entry, self._clock, older_than_s)
+        ]
         for entry in stale:
             entry.unlink(missing_ok=True)
         return len(stale)
@@ -196,40 +195,16 @@ class FileStore:
 
     def uploads(self, older_than_s: float) -> list[str]:
         """The uploads of which parts are here, but for those to which a part just came."""
-        aged = [entry for entry in _entries(self._parts) if self._aged(entry, older_than_s)]
+        aged = [
+            entry
+            for entry in durable.entries(self._parts)
+            if durable.aged(entry, self._clock, older_than_s)
+        ]
         return [entry.name for entry in aged]
-
-    def _stamp(self, path: Path) -> None:
-        now = self._clock.now().timestamp()
-        os.utime(path, (now, now))
-
-    def _aged(self, path: Path, older_than_s: float) -> bool:
-        """Whether it was last stamped that long ago. A missing one has no age."""
-        try:
-            return self._clock.now().timestamp() - path.stat().st_mtime >= older_than_s
-        except FileNotFoundError:
-            return False
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _move_durably(source: Path, target: Path) -> None:
     """Rename, making the target's folder, so that neither name is lost with the power."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _fsync(target.parent.parent)
+    durable.make_folder(target.parent)
     os.replace(source, target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    durable.fsync(target.parent)
