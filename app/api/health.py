@@ -136,8 +136,7 @@ def count(rooms: Rooms) -> dict[telemetry.Metric, Samples]:
     """Copy the integers of every declared family. On the event loop, where they are changed."""
     meter, snapshot, live = rooms.meter, rooms.snapshots.current, rooms.fleet.live()
     tasks = rooms.driver.statuses()
-    expire = rooms.expire_jobs
-    depth, waits = (expire.depth, expire.waits()) if expire else ((), {})
+    depth, waits = rooms.expire_jobs.depth, rooms.expire_jobs.waits()
     versions = sum(len(adapter.versions) for adapter in snapshot.adapters.values())
     return {
         telemetry.REQUESTS: [((path, str(s)), (n,)) for (path, s), n in meter.requests.items()],

@@ -40,4 +40,4 @@ class Rooms:
     runner: Runner
     trainers: Mapping[str, Trainer]
     ask_trainer: AskTrainer
-    expire_jobs: ExpireJobs | None = None
+    expire_jobs: ExpireJobs

@@ -35,9 +35,16 @@ _SHARED = tuple(
 
 
 def command(
-    to: typer.Typer, name: str, show: Callable[[Any], RenderableType]
+    to: typer.Typer,
+    name: str,
+    show: Callable[[Any], RenderableType],
+    *,
+    well: Callable[[Any], bool] = lambda found: True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make the decorated function the command `name` of `to`, its result shown by `show`."""
+    """Make the decorated function the command `name` of `to`, its result shown by `show`.
+
+    A result that is not `well` is shown as any other, and the command ends with status 1.
+    """
 
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(verb)
@@ -50,6 +57,8 @@ def command(
                 stdout.file.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             else:
                 stdout.print(show(found))
+            if not well(found):
+                raise typer.Exit(1)
 
         # typer reads the signature: the verb's own parameters, without the gateway.
         _, *own = inspect.signature(verb, eval_str=True).parameters.values()

@@ -138,9 +138,11 @@ def show(gateway: Gateway, id: Id) -> Any:
     return gateway.get(_one(id))
 
 
-@command(app, "follow", _ended)
+@command(app, "follow", _ended, well=lambda job: job["status"] == "succeeded")
 def follow(gateway: Gateway, id: Id) -> Any:
-    """Watch a job until it ends; a gateway that restarts meanwhile is waited for."""
+    """Watch a job until it ends; status 1 unless it succeeded. A gateway that restarts meanwhile
+    is waited for.
+    """
     job = follow_job(gateway, id, stderr)
     model = job["fine_tuned_model"] if job["status"] == "succeeded" else None
     return {**job, "curl": model and _curl(gateway, model)}

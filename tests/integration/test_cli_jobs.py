@@ -46,8 +46,8 @@ class Terminal:
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
-    def json(self, *arguments: object) -> Any:
-        return json.loads(self.run(*arguments, "--json").stdout)
+    def json(self, *arguments: object, code: int = 0) -> Any:
+        return json.loads(self.run(*arguments, "--json", code=code).stdout)
 
     def error(self, *arguments: object) -> str:
         done = self.run(*arguments, code=1)
@@ -150,8 +150,9 @@ def test_every_command_has_its_json(
     assert jobs.json("resume", job)["id"] == job
     jobs.until(job, "running")
     assert jobs.json("cancel", job)["id"] == job
-    ended = jobs.json("follow", job)
+    ended = jobs.json("follow", job, code=1)
     assert (ended["status"], ended["curl"]) == ("cancelled", None)
+    assert "cancelled" in jobs.run("follow", job, code=1).stdout
     with served.openai_client() as client:
         assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
 
