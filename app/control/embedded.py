@@ -31,6 +31,7 @@ _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 30.0
 #: A child that ran this long was well; the next failure starts from the shortest back-off.
 _WELL_S = 60.0
+#: What a worker may need to end beyond the time in which it saves what it trains.
 _STOP_S = 10.0
 
 
@@ -121,7 +122,7 @@ class EmbeddedWorker:
             return
         process.terminate()
         try:
-            async with asyncio.timeout(_STOP_S):
+            async with asyncio.timeout(self._settings.drain_timeout_s + _STOP_S):
                 await process.wait()
         except TimeoutError:
             process.kill()

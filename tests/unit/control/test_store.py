@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.db import blobs
+from app.clock import Clock
+from app.db import blobs, durable
 from app.db.blobs import FILES, AdapterStore
 from tests.fakes.adapters import write_adapter
 
@@ -73,19 +74,19 @@ def test_staging_is_gone_whatever_happens(store: AdapterStore) -> None:
 def test_losing_the_race_to_commit_is_no_failure(
     store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stamp = AdapterStore._renew
+    renew = durable.renew
     seen = []
 
-    def look_too_early(self: AdapterStore, target: Path) -> bool:
-        seen.append(target)
+    def look_too_early(path: Path, clock: Clock) -> bool:
+        seen.append(path)
         if len(seen) == 1:
             with monkeypatch.context() as patched:
-                patched.setattr(AdapterStore, "_renew", stamp)
+                patched.setattr(durable, "renew", renew)
                 put(store)
             return False
-        return stamp(self, target)
+        return renew(path, clock)
 
-    monkeypatch.setattr(AdapterStore, "_renew", look_too_early)
+    monkeypatch.setattr(durable, "renew", look_too_early)
     digest = put(store)
     assert list(store.digests()) == [digest]
     assert list((store.root / "tmp").iterdir()) == []
