@@ -64,6 +64,16 @@ class Pair:
                 process.start()
         self.gateway.wait_ready()
 
+    def wait_serving(self, model: str) -> None:
+        """Whoever was killed last, maybe once the job had ended, is up and takes requests."""
+        body = {"model": model, "prompt": "x", "max_tokens": 1}
+        with self.gateway.client() as http:
+            wait_until(
+                lambda: http.post("/v1/completions", json=body).status_code == 200,
+                within_s=60,
+                every_s=0.1,
+            )
+
     @property
     def client(self) -> openai.OpenAI:
         return self.gateway.openai_client()
@@ -130,6 +140,7 @@ def test_killed_at_twenty_moments(
         assert apart(losses(pair.client, job), uninterrupted) < 1e-4
         numbers = event_numbers(pair.client, job)
         assert numbers == list(range(1, len(numbers) + 1))
+        pair.wait_serving(model)
         served_as_trained(pair.gateway.url, model)
     record_property("killed", f"{killed} in {jobs} jobs")
     nothing_is_left(pair)
