@@ -44,7 +44,9 @@ from bench.training_report import Beside, Conditions, Eight, Ending, Found
 #: From what leaves a small model's overheads bare to what fills the cores with one run.
 SHAPES = (Shape(1, 16), Shape(1, 64), Shape(4, 64), Shape(8, 64), Shape(4, 256))
 CONTESTED = (Shape(1, 64), Shape(4, 64))
-JOBS = (1, 4)
+#: Conversations a batch, and steps a job: one that is nearly all its beginning and end, and one
+#: of the hundred steps that the defaults aim at.
+JOBS = ((1, 10), (4, 10), (1, 100), (4, 100))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +111,13 @@ async def measure_jobs(bench: Bench) -> None:
         training_jobs.gateway_running(bench.scratch, bench.trainer, 1) as single,
     ):
         for _ in range(bench.plan.rounds):
-            for batch in JOBS:
-                at_once = await training_jobs.eight(many, bench.plan.steps, batch)
-                turns = await training_jobs.eight(single, bench.plan.steps, batch)
-                found = Eight(bench.plan.steps, at_once, turns)
-                bench.jobs.setdefault(f"{batch} conversations", []).append(found)
-                print(f"jobs of {batch}: {_told(found)}", flush=True)
+            for batch, steps in JOBS:
+                at_once = await training_jobs.eight(many, steps, batch)
+                turns = await training_jobs.eight(single, steps, batch)
+                found = Eight(steps, at_once, turns)
+                shape = f"{batch} conversations, {steps} steps"
+                bench.jobs.setdefault(shape, []).append(found)
+                print(f"jobs of {shape}: {_told(found)}", flush=True)
 
 
 async def measure_beside(bench: Bench) -> None:

@@ -112,12 +112,13 @@ def p95(values: Sequence[float]) -> float:
 def targets(found: Found) -> list[Target]:
     """The bounds, for every shape that was measured."""
     judged = []
-    for shape, rounds in found.runs.items():
-        ratio = median(each.ratio for each in rounds)
-        judged.append(
-            Target(f"Eight runs at once, of them in turn, {shape}", "≤ 0.5", f"{ratio:.2f}",
-                   ratio <= 0.5)
-        )  # fmt: skip
+    for kind, measured in (("runs", found.runs), ("jobs", found.jobs)):
+        for shape, rounds in measured.items():
+            ratio = median(each.ratio for each in rounds)
+            judged.append(
+                Target(f"Eight {kind} at once, of them in turn, {shape}", "≤ 0.5", f"{ratio:.2f}",
+                       ratio <= 0.5)
+            )  # fmt: skip
     apart = [each.apart for rounds in found.runs.values() for each in rounds]
     if known := [each for each in apart if each is not None]:
         judged.append(
