@@ -173,11 +173,11 @@ async def test_a_failing_prefill_spares_those_who_run(
     adapter = await room.load("narrow")
     running = room.ask([[5, 6]], adapter, max_tokens=100, ignore_eos=True, stream=True)
     news = running.deltas()
-    (first,) = await anext(news)
+    first = await anext(news)  # several, if this thread was late
     with pytest.raises(StepFailed, match="too long"):
         await room.answer([[5] * 20], adapter)
     rest = [delta async for deltas in news for delta in deltas]
-    assert sum(len(delta.token_ids) for delta in (first, *rest)) == 100
+    assert sum(len(delta.token_ids) for delta in (*first, *rest)) == 100
     assert adapter.running == 0
 
 
@@ -233,8 +233,9 @@ async def test_more_adapters_than_slots(tiny: Path, model: CausalModel) -> None:
     found = [(await collect(ticket))[0].token_ids for ticket in tickets]
     await asyncio.to_thread(engine.stop)
     assert all(tokens == found[0] for tokens in found)
-    slots = {name.split(".")[-2] for name, _ in model.model.named_parameters() if "lora_" in name}
-    assert len(slots) == 2
+    held = {slot for layer in model.layers.mixed.values() for slot in layer.weights}
+    assert len(held) == 2
+    assert not [name for name, _ in model.model.named_parameters() if "lora_" in name]
 
 
 async def test_an_evicted_adapter_whose_files_are_gone_fails_its_request_alone(

@@ -6,7 +6,8 @@ clients use, when to evict.
 
 PEFT reads the config, builds the layers and places the weights. Its own mixed-batch forward sorts
 the rows by name again in every layer of every step; here the rows of a batch are sorted once,
-into `Lanes`, and the layers follow them.
+into `Lanes`, and the layers follow them. They also keep the weights: PEFT walks all that it holds
+for each adapter it adds, so it is left none.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class LoraLayers:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.lanes: tuple[Lane, ...] = ()
-        self._mixed: dict[LoraLayer, Mixed] = {}
+        self.mixed: dict[LoraLayer, Mixed] = {}
 
     def use(self, slots: Sequence[str | None]) -> None:
         """From now on row i of a batch has adapter `slots[i]`; None is the bare base."""
@@ -76,7 +77,10 @@ class LoraLayers:
         """Place an adapter's weights; all of them or none."""
         try:
             with _peft_at_ease():
-                self._inject(slot, files)
+                try:
+                    self._inject(slot, files)
+                finally:
+                    self._take_from_peft(slot)
         except Exception as exc:
             self.unload(slot)
             if isinstance(exc, AdapterLoadFailed):
@@ -85,11 +89,12 @@ class LoraLayers:
 
     def unload(self, slot: str) -> None:
         """Free a slot; one that is not there is fine."""
-        for mixed in self._mixed.values():
+        for mixed in self.mixed.values():
             mixed.weights.pop(slot, None)
+
+    def _take_from_peft(self, slot: str) -> None:
         if slot in getattr(self.model, "peft_config", {}):
-            with _peft_at_ease():
-                delete_adapter(self.model, slot, prefix="lora_")
+            delete_adapter(self.model, slot, prefix="lora_")
             self.model.peft_config.pop(slot, None)
 
     def _inject(self, slot: str, files: AdapterFiles) -> None:
@@ -112,11 +117,11 @@ class LoraLayers:
         kind = _KINDS.get(type(layer))
         if kind is None:
             raise AdapterLoadFailed(f"Adapters on {type(layer).__name__} are not supported.")
-        if layer not in self._mixed:
-            mixed = self._mixed[layer] = kind(self, layer)
+        if layer not in self.mixed:
+            mixed = self.mixed[layer] = kind(self, layer)
             # On the instance: PEFT's own forward, which wants `adapter_names`, stays unused.
             setattr(layer, "forward", mixed)  # noqa: B010
-        self._mixed[layer].take(slot)
+        self.mixed[layer].take(slot)
 
 
 class Mixed:
