@@ -28,3 +28,17 @@ def test_the_way_back_takes_a_weight_as_it_lies() -> None:
     torch.manual_seed(0)
     grad, weight = torch.randn(1, 37, 40), torch.randn(40, 24)
     assert torch.allclose(products.product(grad, weight.mT), grad @ weight, atol=1e-4)
+
+
+def test_a_kernel_that_could_not_be_compiled_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def short(*operands: object) -> torch.Tensor:
+        raise RuntimeError("could not create a primitive")
+
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(1, 37, 24), torch.randn(40, 24)
+    expected = functional.linear(inputs, weight)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", short)
+    monkeypatch.setattr(products, "ONE_DNN", True)
+    assert torch.equal(products.product(inputs, weight), expected)

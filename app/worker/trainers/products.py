@@ -25,5 +25,9 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if inputs.dtype != torch.float32 or inputs.device.type != "cpu" or not ONE_DNN:
         return functional.linear(inputs, weight, bias)
-    found = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    try:
+        found = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    except RuntimeError:
+        # It compiles a kernel at its first use, and never again if memory was short just then.
+        return functional.linear(inputs, weight, bias)
     return cast(Tensor, found)
