@@ -13,6 +13,6 @@ if find_spec("torch") is None:
         terminalreporter.write_line("tests/worker skipped: pip install 'loragate[worker]'")
 
 else:
-    from tests.worker.tiny import model, room, serve, tiny
+    from tests.worker.tiny import model, room, serve, tiny, wide
 
-    __all__ = ["model", "room", "serve", "tiny"]
+    __all__ = ["model", "room", "serve", "tiny", "wide"]

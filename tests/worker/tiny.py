@@ -94,27 +94,51 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model`, and one folder for each of ADAPTERS."""
     root = tmp_path_factory.mktemp("tiny")
-    tokenizer = byte_level()
-    tokenizer.save_pretrained(root / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(root / "model")
+    write_model(root / "model")
     for seed, (name, options) in enumerate(ADAPTERS.items()):
         write_adapter(root / "model", root / name, seed=seed, **options)
     return root
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose logits are nearly all that it takes memory for, in one piece each time.
+
+    256 KiB a token: what C's library has free for small things never has room for a long example.
+    """
+    return write_model(
+        tmp_path_factory.mktemp("wide"),
+        vocab_size=1 << 16,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+
+
+def write_model(folder: Path, **config: Any) -> Path:
+    """A random model and its tokenizer; it has CONTEXT tokens, 2 layers and a size of 128."""
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    usual = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }
+    LlamaForCausalLM(LlamaConfig(**usual | config)).save_pretrained(folder)
+    return folder
 
 
 def write_adapter(base: Path, folder: Path, *, seed: int = 0, r: int = 8, **options: Any) -> Path:

@@ -38,6 +38,12 @@ from app.worker.trainers.shared import SharedModel
 
 # What torch says in a RuntimeError when the machine, and not a card, has no memory left.
 NO_MEMORY = ("can't allocate memory", "not enough memory")
+#: What can be done about too little of it: for a run, and for a pass of one.
+SMALLER = "Ask for a smaller lora_rank or fewer target_modules, or give the worker more memory."
+SHORTER = (
+    "Shorten the longest examples, or give the worker more memory or "
+    "LORAGATE_WORKER_GRADIENT_CHECKPOINTING=true."
+)
 
 
 @dataclass(slots=True)
@@ -87,7 +93,7 @@ class HfTrainer:
             weights = layout.first_weights(spec.seed).to(self._model.device)
             self._runs[run] = Run(layout, weights, *_nothing(weights))
         except (RuntimeError, MemoryError) as exc:
-            raise _failure(exc, f"Making run {run!r}") from exc
+            raise _failure(exc, f"Making run {run!r}", SMALLER) from exc
 
     def drop(self, run: str) -> None:
         self._runs.pop(run, None)
@@ -199,17 +205,21 @@ class HfTrainer:
             return {}
         failed: dict[int, TrainingFailed] = {}
         # A failed pass keeps its memory for as long as its exception is at hand.
-        if self._attempt(works) is not None:
-            failed = {id(work): failure for work in works if (failure := self._alone(work))}
+        if (first := self._attempt(works)) is not None:
+            known = first if len(works) == 1 else None
+            failed = {id(work): failure for work in works if (failure := self._alone(work, known))}
         for work in works:
             if id(work) not in failed and not work.finite:
                 loss = float(work.sums["loss:sum"])
                 failed[id(work)] = NonFiniteLoss(f"The loss of run {work.task.run!r} is {loss}.")
         return failed
 
-    def _alone(self, work: Work) -> TrainingFailed | None:
-        """A pass without company, and a row at a time if there is no memory for more."""
-        failure = self._attempt([work])
+    def _alone(self, work: Work, known: TrainingFailed | None) -> TrainingFailed | None:
+        """A pass without company, and a row at a time if there is no memory for more.
+
+        `known`: how it failed when it was tried so before.
+        """
+        failure = known or self._attempt([work])
         if isinstance(failure, OutOfMemory):
             failure = self._attempt([work], limit=1)
         return failure
@@ -218,7 +228,7 @@ class HfTrainer:
         try:
             compute(self._model, works, limit or self._limit)
         except (RuntimeError, MemoryError) as exc:
-            return _failure(exc, f"A pass of run {works[0].task.run!r}")
+            return _failure(exc, f"A pass of run {works[0].task.run!r}", SHORTER)
         return None
 
     def _keep(self, work: Work, seconds: float) -> PassResult:
@@ -236,12 +246,12 @@ def _nothing(weights: Tensor) -> tuple[Tensor, Moments]:
     return gradient, Moments(torch.zeros_like(weights), torch.zeros_like(weights))
 
 
-def _failure(exc: Exception, what: str) -> TrainingFailed:
+def _failure(exc: Exception, what: str, way_out: str) -> TrainingFailed:
     text = str(exc)
     if isinstance(exc, (torch.OutOfMemoryError, MemoryError)) or any(
         sign in text for sign in NO_MEMORY
     ):
-        return OutOfMemory(f"{what} needs more memory than this trainer has, even alone.")
+        return OutOfMemory(f"{what} needs more memory than this trainer has, even alone. {way_out}")
     return TrainingFailed(f"{what} failed: {text.splitlines()[0] if text else type(exc).__name__}")
 
 
