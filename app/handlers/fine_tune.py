@@ -92,7 +92,11 @@ async def _work(attempt: Attempt) -> Recorder | None:
                 loop, recorder = await load(attempt, spools)
             except Stopped:
                 return None
-            await loop.run()
+            try:
+                await loop.run()
+            except RequestError:  # the steps before this one may tell why
+                await recorder.leave()
+                raise
             return recorder
 
 

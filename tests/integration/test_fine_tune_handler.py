@@ -390,8 +390,9 @@ async def test_a_loss_that_is_not_finite_fails_the_job_and_frees_the_worker(
         await desk.attempt()
     assert not desk.worker.live
     assert not desk.worker.states
-    # The first epoch's weights are good, and stay.
+    # The first epoch's weights are good, and stay; the steps up to there may tell why.
     assert [c.step for c in await desk.checkpoints(job)] == [3]
+    assert [e.step for e in await desk.events(job) if e.step is not None] == [1, 2, 3, 4]
 
 
 async def test_weights_that_the_base_cannot_serve_fail_the_job(desk: Desk, training: File) -> None:
