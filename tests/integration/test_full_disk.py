@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
 from app.telemetry import Event
+from tests.disks import fill, small_disk
 from tests.fakes.upstream import FakeUpstream
 from tests.integration.gateway import BASE, Gateway, StartGateway, Workbench
 from tests.integration.test_admin_adapters import tar, zipped
@@ -20,24 +19,8 @@ from tests.integration.test_admin_adapters import tar, zipped
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 1 MiB. Only root may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Leave no room; removing the answer makes room again."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(1 << 12))
-    assert shutil.disk_usage(disk).free == 0
-    return filler
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def said(answer: httpx.Response) -> str:

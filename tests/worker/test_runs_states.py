@@ -8,12 +8,14 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from app.domain import LoraSpec
 from app.errors import InvalidRequest, StorageUnavailable
 from app.ops import LoadState, Lora, OptimStep, SaveForSampling, SaveState
 from app.worker.trainers.states import Manifest, Record, States
+from tests.disks import full, small_disk
 from tests.fakes.trainer import FakeTrainer
 from tests.waiting import until
 from tests.worker.made_runs import LORA, Worker, passing
@@ -276,6 +278,18 @@ def test_a_full_disk_leaves_nothing_half_done(states: States, error: Exception) 
     with pytest.raises(StorageUnavailable):
         break_off(states, error)
     assert [each.name for each in (states.root / "a").iterdir()] == ["state-2"]
+
+
+def test_a_record_that_has_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        states = States(disk)
+        states.start()
+        states.write_record("a", RECORD)
+        with full(disk), pytest.raises(StorageUnavailable, match="No space left on device"):
+            states.write_record("a", msgspec.structs.replace(RECORD, fence=2))
+        assert states.record("a") == RECORD
+        assert [each.name for each in (states.root / "a").iterdir()] == ["run.json"]
+        states.close()
 
 
 def test_other_errors_are_not_the_disk_s(states: States) -> None:

@@ -114,9 +114,12 @@ class States:
             folder.mkdir(parents=True, exist_ok=True)
             _sync(self.root)
             temporary = folder / f"{_TMP}{secrets.token_hex(8)}"
-            temporary.write_bytes(msgspec.json.encode(record))
-            _sync(temporary)
-            temporary.rename(folder / _RECORD)
+            try:
+                temporary.write_bytes(msgspec.json.encode(record))
+                _sync(temporary)
+                temporary.rename(folder / _RECORD)
+            finally:
+                temporary.unlink(missing_ok=True)
             _sync(folder)
 
     def newest(self, run: str) -> tuple[Manifest, Path] | None:
