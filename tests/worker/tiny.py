@@ -102,12 +102,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wide(tmp_path_factory.mktemp("wide"))
+
+
+def write_wide(folder: Path) -> Path:
     """A model whose logits are nearly all that it takes memory for, in one piece each time.
 
     256 KiB a token: what C's library has free for small things never has room for a long example.
     """
     return write_model(
-        tmp_path_factory.mktemp("wide"),
+        folder,
         vocab_size=1 << 16,
         hidden_size=64,
         intermediate_size=64,
