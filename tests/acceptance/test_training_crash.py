@@ -13,20 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from app import demo
-from app.db.blobs import AdapterStore
-from app.settings import Settings
 from tests.acceptance.conftest import Served, served_by
 from tests.acceptance.training import (
     apart,
     ended,
+    event_numbers,
     examples,
     losses,
     metrics,
+    nothing_is_left,
     served_as_trained,
     submit,
     succeeded,
@@ -143,7 +142,7 @@ def test_killed_at_twenty_moments(
         pair.wait_serving(model)
         served_as_trained(pair.gateway.url, model)
     record_property("killed", f"{killed} in {jobs} jobs")
-    nothing_is_left(pair)
+    nothing_is_left(pair.gateway, pair.runs)
 
 
 def kill_while_it_runs(pair: Pair, job: str, moments: random.Random, killed: list[str]) -> None:
@@ -166,29 +165,6 @@ def _progress(client: openai.OpenAI, job: str, seen: int) -> int:
         return -1
     steps = len(metrics(client, job))
     return steps if steps > seen else 0
-
-
-def event_numbers(client: openai.OpenAI, job: str) -> list[int]:
-    """The numbers in the ids of a job's events, the first event first."""
-    events = list(client.fine_tuning.jobs.list_events(job, limit=100))
-    return [int(event.id.rpartition("-")[2]) for event in events][::-1]
-
-
-def nothing_is_left(pair: Pair) -> None:
-    """On disk is what rows name, and nothing else."""
-    wait_until(lambda: not list(pair.runs.glob("ftjob-*")), within_s=90, every_s=0.2)
-    settings = Settings(data_dir=pair.gateway.data_dir)
-    with pair.gateway.client() as http:
-        adapters = http.get("/admin/adapters", params={"limit": 1000}).json()["data"]
-        named = {version["digest"] for each in adapters for version in each["versions"]}
-        assert set(AdapterStore(settings.store_path).digests()) == named
-    files = pair.client.files.list(limit=1000).data
-    kept = [path for path in settings.files_path.rglob("*") if path.is_file()]
-    assert len(kept) == len({_content(pair, file.id) for file in files})
-
-
-def _content(pair: Pair, file: str) -> bytes:
-    return httpx.get(f"{pair.gateway.url}/v1/files/{file}/content").content
 
 
 def test_a_cancelled_job_stops_within_a_step(pair: Pair) -> None:

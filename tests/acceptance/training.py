@@ -15,8 +15,11 @@ import openai
 from openai.types.fine_tuning import FineTuningJob
 
 from app import demo
+from app.db.blobs import AdapterStore
 from app.domain import Probe
 from app.serving.verify import compare
+from app.settings import Settings
+from tests.acceptance.conftest import Served
 from tests.acceptance.readme import ROOT
 from tests.waiting import wait_until
 
@@ -84,6 +87,26 @@ def losses(client: openai.OpenAI, job: str) -> list[float]:
 def apart(one: Sequence[float], other: Sequence[float]) -> float:
     """The largest difference between the losses of two jobs, in nats."""
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def event_numbers(client: openai.OpenAI, job: str) -> list[int]:
+    """The numbers in the ids of a job's events, the first event first."""
+    events = list(client.fine_tuning.jobs.list_events(job, limit=100))
+    return [int(event.id.rpartition("-")[2]) for event in events][::-1]
+
+
+def nothing_is_left(gateway: Served, runs: Path) -> None:
+    """On disk is what rows name, and nothing else; `runs` is the worker's state folder."""
+    wait_until(lambda: not list(runs.glob("ftjob-*")), within_s=90, every_s=0.2)
+    settings = Settings(data_dir=gateway.data_dir)
+    with gateway.client() as http:
+        adapters = http.get("/admin/adapters", params={"limit": 1000}).json()["data"]
+        named = {version["digest"] for each in adapters for version in each["versions"]}
+        assert set(AdapterStore(settings.store_path).digests()) == named
+        files = http.get("/v1/files", params={"limit": 1000}).json()["data"]
+        contents = {http.get(f"/v1/files/{file['id']}/content").content for file in files}
+    kept = [path for path in settings.files_path.rglob("*") if path.is_file()]
+    assert len(kept) == len(contents)
 
 
 def served_as_trained(url: str, model: str) -> None:
