@@ -310,7 +310,7 @@ class SourceUnavailable(LoragateError):
 
 
 class StorageUnavailable(LoragateError):
-    """The gateway's database or adapter store cannot be used now: full, locked or away."""
+    """A database, a store or a worker's state folder cannot be used now: full, locked or away."""
 
     code = "storage_unavailable"
     retry_after_s = 5

@@ -85,7 +85,8 @@ class Settings(BaseSettings):
     )
     metrics_auth: bool = Field(False, description="/metrics needs a key with the scope `admin`.")
     data_dir: Path = Field(
-        Path("~/.loragate"), description="Holds the SQLite database and the adapter store."
+        Path("~/.loragate"),
+        description="Holds the SQLite database, the adapter store, files and a worker's runs.",
     )
     database_url: str | None = Field(
         None,
