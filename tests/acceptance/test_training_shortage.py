@@ -99,10 +99,11 @@ class Place:
         _, most = resource.prlimit(pid, resource.RLIMIT_AS)
         limit = mapped * os.sysconf("SC_PAGE_SIZE") + SPARE
         resource.prlimit(pid, resource.RLIMIT_AS, (limit, most))
-        yield
-        assert self.worker.running
-        assert self.worker.pid == pid
-        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+        try:
+            yield
+        finally:
+            assert self.worker.running
+            resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
 
 
 def _line(number: int, words: str) -> bytes:
