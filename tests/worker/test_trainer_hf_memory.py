@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from app.errors import OutOfMemory
+from app.ops import OptimStep
 from app.worker.trainers import hf
 from app.worker.trainers.base import Pass
 from app.worker.trainers.hf import HfTrainer
@@ -152,3 +153,19 @@ def test_what_had_no_room_once_has_it_when_there_is_more(engine: HfTrainer) -> N
     assert isinstance(failure, OutOfMemory)
     (found,) = passes(engine, task)
     assert found.metrics["tokens:sum"] > 0
+
+
+def test_a_step_that_has_no_room_changes_nothing(engine: HfTrainer) -> None:
+    engine.create("large", spec(rank=256, modules=["lm_head"]))  # 64 MB a vector
+    state = engine._runs["large"]
+    state.gradient.fill_(1e-6)
+    before = state.weights.clone()
+    with only(SPARE // 4), pytest.raises(OutOfMemory, match="A step of run 'large' needs"):
+        engine.optim_step("large", OptimStep(1e-3))
+    assert torch.equal(state.weights, before)
+    assert not state.moments.exp_avg.any()
+    assert state.moments.steps == 0
+    engine.optim_step("large", OptimStep(1e-3))
+    assert state.moments.steps == 1
+    assert not torch.equal(state.weights, before)
+    engine.drop("large")

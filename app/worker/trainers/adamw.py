@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from app.ops import OptimStep
@@ -24,7 +25,11 @@ class Moments:
 
 
 def adamw(weights: Tensor, gradient: Tensor, moments: Moments, step: OptimStep) -> None:
-    """Change weights and moments in place (Loshchilov & Hutter 2019, algorithm 2)."""
+    """Change weights and moments in place (Loshchilov & Hutter 2019, algorithm 2).
+
+    All the memory that it takes is asked for before anything changes.
+    """
+    scale = torch.empty_like(weights)
     moments.steps += 1
     moments.exp_avg.lerp_(gradient, 1 - step.beta1)
     moments.exp_avg_sq.mul_(step.beta2).addcmul_(gradient, gradient, value=1 - step.beta2)
@@ -32,7 +37,7 @@ def adamw(weights: Tensor, gradient: Tensor, moments: Moments, step: OptimStep) 
         weights.mul_(1 - step.learning_rate * step.weight_decay)
     first = 1 - step.beta1**moments.steps
     second = 1 - step.beta2**moments.steps
-    scale = moments.exp_avg_sq.sqrt().div_(math.sqrt(second)).add_(step.eps)
+    torch.sqrt(moments.exp_avg_sq, out=scale).div_(math.sqrt(second)).add_(step.eps)
     weights.addcdiv_(moments.exp_avg, scale, value=-step.learning_rate / first)
 
 

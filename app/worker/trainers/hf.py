@@ -120,7 +120,10 @@ class HfTrainer:
             state.gradient.zero_()
             raise NonFiniteLoss(f"The gradient of run {run!r} is not finite (its norm is {norm}).")
         clip(state.gradient, norm, step.grad_clip_norm)
-        adamw(state.weights, state.gradient, state.moments, step)
+        try:
+            adamw(state.weights, state.gradient, state.moments, step)
+        except (RuntimeError, MemoryError) as exc:
+            raise _failure(exc, f"A step of run {run!r}", SMALLER) from exc
         state.gradient.zero_()
         return {"grad_norm:mean": norm}
 
