@@ -296,20 +296,20 @@ def test_no_hint_at_what_the_caller_may_not_use() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 10**7, "pirate@" + "x" * 10**7, "pirate:" + "é" * 10**7])
 def test_a_name_as_long_as_a_library_does_not_hold_up_the_others(name: str) -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(ModelNotFound) as caught:
         resolve(world(), name, ANYONE)
-    assert time.monotonic() - started < 0.2
+    assert time.thread_time() - started < 0.2
     assert len(str(caught.value)) < 500
 
 
 def test_a_miss_among_very_many_adapters_is_quick() -> None:
     at = snapshot(*(adapter(f"adapter-{n:05}") for n in range(20_000)))
     assert len(at.sorted_names) == 20_000
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(ModelNotFound, match="adapter-09999"):
         resolve(at, "adapter-0999", ANYONE)
-    assert time.monotonic() - started < 0.3
+    assert time.thread_time() - started < 0.3
 
 
 def test_the_names_of_an_adapter() -> None:
