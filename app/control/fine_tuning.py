@@ -23,7 +23,6 @@ from app.db.engine import Database
 from app.db.file_store import FileStore
 from app.domain import File, Job, JobKind, JobStatus, Pool, Trainer
 from app.errors import (
-    Conflict,
     InvalidRequest,
     InvalidTrainingFile,
     NotFound,
@@ -109,18 +108,11 @@ async def create(rooms: Doors, pool: Pool, wanted: Wanted, key_id: str, owner: s
         metadata=wanted.metadata,
         max_attempts=rooms.settings.job_attempts,
     )
-    most = rooms.settings.max_queued_jobs
     async with rooms.db.begin() as session:
         # Held from here to the commit: a file deleted later is kept for the job, one deleted
         # before is missed here.
         await _files(session, rooms.clock, wanted, owner, keep=True)
-        if await queue.unfinished(session, key_id) >= most:
-            raise Conflict(
-                f"The key has {most} jobs waiting or running, which is the most it may have: "
-                "wait for one to end, or cancel one.",
-                code="too_many_jobs",
-            )
-        return await queue.submit(session, rooms.clock, new)
+        return await queue.submit(session, rooms.clock, new, most=rooms.settings.max_queued_jobs)
 
 
 def model_name(base_model: str, suffix: str | None) -> str:

@@ -192,13 +192,6 @@ async def _submit(
     spec: Spec,
     trainer: Trainer | None,
 ) -> Job:
-    most = rooms.settings.max_queued_jobs
-    if await queue.unfinished(session, asking.key_id) >= most:
-        raise Conflict(
-            f"The key has {most} jobs waiting or running, which is the most it may have: wait for "
-            "one to end.",
-            code="too_many_jobs",
-        )
     new = queue.NewJob(
         kind=JobKind.TRAIN_OP,
         key_id=asking.key_id,
@@ -209,7 +202,8 @@ async def _submit(
         max_attempts=rooms.settings.job_attempts,
         id=job_id,
     )
-    return await queue.submit(session, rooms.clock, new)
+    most = rooms.settings.max_queued_jobs
+    return await queue.submit(session, rooms.clock, new, most=most)
 
 
 async def _known(session: AsyncSession, asking: Asking, job_id: str, spec: Spec) -> Job | None:

@@ -18,14 +18,16 @@ runner is lost first, the flag decides what becomes of the job.
 from __future__ import annotations
 
 import secrets
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
+from app.db.engine import POSTGRESQL
 from app.db.job_tables import JobRow
 from app.db.leases import database_time
 from app.domain import Job, JobError, JobEventType, JobKind, JobStatus
@@ -89,6 +91,8 @@ __all__ = [
 BATCH = 100
 #: Why a job has failed whose gateway was lost once too often.
 GATEWAY_LOST = "gateway_lost"
+#: First half of a lock's number; the second is of the key whose submissions take turns.
+KEY_LOCK = 7_041_779
 
 _PREFIXES = {JobKind.FINE_TUNE: "ftjob-", JobKind.TRAIN_OP: "op-"}
 
@@ -108,8 +112,16 @@ class NewJob:
     id: str | None = None
 
 
-async def submit(session: AsyncSession, clock: Clock, new: NewJob) -> Job:
-    """Put a job at the end of the queue. An `id` that is taken is a Conflict."""
+async def submit(
+    session: AsyncSession, clock: Clock, new: NewJob, *, most: int | None = None
+) -> Job:
+    """Put a job at the end of the queue.
+
+    Raises:
+        Conflict: its `id` is taken, or its key has `most` jobs that have not ended.
+    """
+    if most is not None:
+        await _check_room(session, new.key_id, most)
     taken = None if new.id is None else await session.scalar(_number_of(new.id))
     if taken is not None:
         raise Conflict(f"There is a job {new.id!r} already.", param="id")
@@ -273,6 +285,20 @@ async def resume(
     else:
         raise Conflict(f"Job {row.id!r} is {status}, not paused.", param="status")
     return job_of(row)
+
+
+async def _check_room(session: AsyncSession, key_id: str, most: int) -> None:
+    if session.get_bind().dialect.name == POSTGRESQL:
+        # Held to the commit: two gateways must not count the same jobs and both add one.
+        lock = text("SELECT pg_advisory_xact_lock(:many, :one)")
+        whose = zlib.crc32(key_id.encode()) - (1 << 31)
+        await session.execute(lock, {"many": KEY_LOCK, "one": whose})
+    if await unfinished(session, key_id) >= most:
+        raise Conflict(
+            f"The key has {most} jobs waiting or running, which is the most it may have: wait "
+            "for one to end, or cancel one.",
+            code="too_many_jobs",
+        )
 
 
 async def _let_go(

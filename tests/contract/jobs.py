@@ -42,9 +42,9 @@ class Queue:
         async with self.db.read() as session:
             return await look(session, *args, **more)
 
-    async def submit(self, key_id: str = "key-a", **more: Any) -> Job:
+    async def submit(self, key_id: str = "key-a", *, most: int | None = None, **more: Any) -> Job:
         values: dict[str, Any] = {"kind": JobKind.FINE_TUNE, "spec": {}, "trainer": TRAINER}
-        return await self.do(queue.submit, NewJob(key_id=key_id, **(values | more)))
+        return await self.do(queue.submit, NewJob(key_id=key_id, **(values | more)), most=most)
 
     async def claim(
         self, capacities: Mapping[str | None, int] | None = None, token: str = "gateway-1"

@@ -78,6 +78,23 @@ async def test_an_id_is_given_once(jobs: Queue) -> None:
         await jobs.submit(id="op-mine")
 
 
+async def test_a_key_never_has_more_jobs_than_it_may(db: Database, db_url: str) -> None:
+    """Gateways that submit at the same moment do not count the same jobs."""
+    other = Database(db_url)
+    gateways = [Queue(each, MovableClock()) for each in (db, other)]
+    try:
+        came = await asyncio.gather(
+            *(gateway.submit(most=3) for gateway in gateways * 6), return_exceptions=True
+        )
+    finally:
+        await other.close()
+    assert sum(isinstance(each, Job) for each in came) == 3
+    refused = [each for each in came if isinstance(each, Conflict)]
+    assert {each.code for each in refused} == {"too_many_jobs"}
+    assert len(refused) == len(came) - 3
+    assert (await gateways[0].submit("key-b", most=3)).key_id == "key-b"
+
+
 async def test_a_failed_job_says_why_and_is_not_tried_again(jobs: Queue) -> None:
     job = await jobs.submit()
     await jobs.do(queue.fail, lease_of(await jobs.claimed()), ERROR)
