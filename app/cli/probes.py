@@ -84,6 +84,8 @@ def _version(gateway: Gateway, name: str) -> dict[str, Any]:
     adapter, found, number = name.partition("@")
     path = f"/admin/adapters/{quote(adapter, '')}"
     which = number if found else gateway.get(path)["latest"]
+    if which is None:
+        raise InvalidRequest(f"{name!r} is not finished: name one of its versions, {name}@1")
     version: dict[str, Any] = gateway.get(f"{path}/versions/{quote(str(which), '')}")
     return version
 

@@ -70,11 +70,13 @@ async def register(
     probe: Probe | None = None,
     create: bool | None = None,
     move_aliases: bool = True,
+    move_latest: bool = True,
 ) -> Registered:
     """Add checked, stored weights as the next version of `name`, and move `latest` to it.
 
     Without `move_aliases`, `latest` and `alias` stay where they are if they are somewhere, and the
-    answer is `pending`: `release` moves them.
+    answer is `pending`: `release` moves them. Without `move_latest`, only `alias` moves: what is
+    asked for by the bare name does not change, and of a new adapter nothing is.
 
     `create`: True wants a new adapter (else Conflict), False an existing one (else NotFound),
     None takes either. The same weights as the newest version answer that version, unchanged but
@@ -115,16 +117,16 @@ async def register(
             details={} if made else dict(metadata or {}),
             created_at=clock.now(),
             targets_lm_head=facts.targets_lm_head,
-            held_back=not made,
+            held_back=not (made and move_latest),
         )
         session.add(version)
     if alias is not None:
         check_alias(alias)
-    released = made or (version.held_back and move_aliases)
+    released = move_latest and (made or (version.held_back and move_aliases))
     if released:
         version.held_back = False
         await move(session, clock, row, LATEST, ((version.number, 1),))
-    pending = version.held_back
+    pending = version.held_back and not move_aliases
     if alias is not None and alias != LATEST and not pending:
         await move(session, clock, row, alias, ((version.number, 1),))
     if probe is not None:

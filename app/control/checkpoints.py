@@ -1,7 +1,8 @@
 """The verbs on checkpoints: weights that a fine-tune job made become versions that are served.
 
 What comes in: a session of an open transaction, a job, weights that were checked and stored. What
-goes out: the name to ask for. A version, its alias and its checkpoint are written together.
+goes out: the name to ask for. A version, its alias and its checkpoint are written together. The
+model's own name answers from the last one on, which the job's end is written with.
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ async def register(
     model: str,
     trained: Trained,
     provenance: Mapping[str, Any],
+    *,
+    final: bool,
 ) -> str:
     """Register weights as the newest version of `model`; answers their name of their own.
 
     The adapter is made with the first. Weights of a step that are registered already are left as
-    they are. `provenance` says whence they come, of the adapter and of each version.
+    they are. `provenance` says whence they come, of the adapter and of each version. `final`: they
+    are what the job was to make, and what `model` stands for from now on.
     """
     name = checkpoint_name(model, trained.step)
     known = select(CheckpointRow.id).where(
@@ -62,6 +66,7 @@ async def register(
         alias=checkpoint_alias(trained.step),
         metadata=provenance,
         probe=trained.probe,
+        move_latest=final,
     )
     adapter = select(AdapterRow.id).where(AdapterRow.name == model).scalar_subquery()
     await session.execute(

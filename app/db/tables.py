@@ -144,7 +144,7 @@ class VersionRow(Row):
     """Immutable weights. `released_at`: deleted, and no replica holds it any more.
 
     `held_back`: registered, and `latest` has not come to it yet, since it is first to be loaded
-    where the adapter is used.
+    where the adapter is used, or is a checkpoint of a job that has not succeeded.
 
     `probe` is read only where it is asked for by name: it may be long, and a list of versions
     needs to know no more than whether there is one.

@@ -102,8 +102,7 @@ async def _work(attempt: Attempt) -> Recorder | None:
 
 async def _apply(attempt: Attempt, recorder: Recorder) -> None:
     """End the job, and register what it made, in one transaction."""
-    ctx, model, trained = attempt.ctx, attempt.spec.model, recorder.last
-    assert trained is not None, "only what was trained is applied"
+    ctx, model = attempt.ctx, attempt.spec.model
     await recorder.flush()
     csv = as_csv([event.data async for event in _steps(attempt)])
     digest = await asyncio.to_thread(_keep, attempt.rooms.files, csv)
@@ -113,7 +112,7 @@ async def _apply(attempt: Attempt, recorder: Recorder) -> None:
         data={"fine_tuned_model": model},
     )
     async with ctx.ending() as session:
-        await recorder.register(session, trained, [made])
+        await recorder.register_last(session, [made])
         file = await files.create(
             session,
             ctx.clock,

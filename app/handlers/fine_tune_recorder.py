@@ -138,27 +138,14 @@ class Recorder:
             return
         self._told = done.seq
         async with self._ctx.db.begin() as session:
-            await self.register(session, trained)
+            await self._register(session, trained, [], final=False)
         self._written(done.seq)
         self._rooms.publish.wake()
 
-    async def register(
-        self, session: AsyncSession, trained: Trained, events: Sequence[NewEvent] = ()
-    ) -> None:
-        """Register weights, and write what is not written yet; raises LeaseLost."""
-        model = self.of.spec.model
-        name = checkpoints.checkpoint_name(model, trained.step)
-        await queue.heartbeat(
-            session,
-            self._ctx.clock,
-            self._ctx.lease,
-            lease_s=self._ctx.lease_s,
-            events=[*self._events, _checkpoint_event(name, trained.step), *events],
-            progress=self.progress(),
-        )
-        await checkpoints.register(
-            session, self._ctx.clock, self.of.job, model, trained, self.of.provenance
-        )
+    async def register_last(self, session: AsyncSession, events: Sequence[NewEvent]) -> None:
+        """Register what the job was to make, and what is not written yet; raises LeaseLost."""
+        assert self.last is not None, "only what was trained is registered"
+        await self._register(session, self.last, events, final=True)
 
     async def saves(self, saves: Saves) -> None:
         """Keep when states are saved, before the plan follows it."""
@@ -190,6 +177,29 @@ class Recorder:
             finish = self._ctx.clock.now() + timedelta(seconds=left_s)
             found["estimated_finish"] = int(finish.timestamp())
         return found
+
+    async def _register(
+        self, session: AsyncSession, trained: Trained, events: Sequence[NewEvent], *, final: bool
+    ) -> None:
+        model = self.of.spec.model
+        name = checkpoints.checkpoint_name(model, trained.step)
+        await queue.heartbeat(
+            session,
+            self._ctx.clock,
+            self._ctx.lease,
+            lease_s=self._ctx.lease_s,
+            events=[*self._events, _checkpoint_event(name, trained.step), *events],
+            progress=self.progress(),
+        )
+        await checkpoints.register(
+            session,
+            self._ctx.clock,
+            self.of.job,
+            model,
+            trained,
+            self.of.provenance,
+            final=final,
+        )
 
     def _written(self, told: int) -> None:
         self.recorded = told

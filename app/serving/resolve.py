@@ -150,6 +150,8 @@ def _draw(alias: Alias) -> int:
 
 def _not_found(snapshot: Snapshot, model: str, principal: Principal) -> str:
     shown = model if len(model) <= 200 else f"{model[:200]}…"
+    if parts := [name for name in _newest_aliases(snapshot, model) if allowed(principal, name)]:
+        return f"The model {shown!r} is not finished. There is {' and '.join(map(repr, parts))}."
     near = near_matches(snapshot, model, principal)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "GET /v1/models lists them."
     return f"The model {shown!r} does not exist. {hint}"
@@ -169,14 +171,28 @@ def near_matches(snapshot: Snapshot, model: str, principal: Principal) -> list[s
         return get_close_matches(model, [n for n in its if allowed(principal, n)], 3, 0.0)
     names = snapshot.sorted_names
     at = bisect_left(names, name)
-    candidates = [*snapshot.bases, *names[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS]]
+    neighbours = names[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS]
+    named = [each for each in neighbours if LATEST in snapshot.adapters[each].aliases]
+    candidates = [*snapshot.bases, *named]
     matches = get_close_matches(name, candidates, 8, 0.6)
     return [match for match in matches if allowed(principal, match)][:3]
 
 
+def _newest_aliases(snapshot: Snapshot, name: str) -> list[str]:
+    """Up to three names, the newest first, of an adapter whose own name stands for nothing yet."""
+    adapter = snapshot.adapters.get(name)
+    if adapter is None or LATEST in adapter.aliases:
+        return []
+    by_age = sorted(adapter.aliases.values(), key=lambda alias: alias.targets, reverse=True)
+    return [f"{name}:{alias.name}" for alias in by_age[:3]]
+
+
 def names_of(adapter: Adapter) -> Iterator[str]:
-    """Every model name of an adapter: itself, its versions, its aliases."""
-    yield adapter.name
+    """Every model name of an adapter: itself, if it stands for a version, its versions, its
+    aliases.
+    """
+    if LATEST in adapter.aliases:
+        yield adapter.name
     for number in adapter.versions:
         yield f"{adapter.name}@{number}"
     for alias in adapter.aliases:

@@ -189,6 +189,10 @@ def test_a_cancelled_job_stops_within_a_step(pair: Pair) -> None:
         model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=4
     )
     assert answer.choices[0].message.content
+    unfinished = model.rpartition(":")[0]
+    with pytest.raises(openai.NotFoundError, match=f"is not finished. There is {model!r}"):
+        client.models.retrieve(unfinished)
+    assert unfinished not in {each.id for each in client.models.list()}
 
 
 def test_a_paused_job_goes_on_exactly(pair: Pair, uninterrupted: list[float]) -> None:

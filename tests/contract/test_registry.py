@@ -52,6 +52,26 @@ async def test_the_newest_weights_again_are_the_newest_version(
     assert (older.created, older.version.number) == (True, 3)
 
 
+async def test_a_name_stands_for_nothing_until_it_is_given_to_a_version(
+    db: Database, clock: MovableClock
+) -> None:
+    await add_pool(db, clock)
+    first = await add_version(db, clock, seed=1, alias="one", move_latest=False)
+    assert (first.created, first.pending, first.adapter.latest) == (True, False, None)
+    second = await add_version(db, clock, seed=2, alias="two", move_latest=False)
+    assert second.adapter.aliases == {"one": ((1, 1),), "two": ((2, 1),)}
+    async with db.begin() as session:
+        with pytest.raises(NotFound, match="has no alias 'latest'"):
+            await adapters.rollback(session, adapter="pirate")
+    # The last weights may be those of the checkpoint before: it is one version, with both names.
+    last = await add_version(db, clock, seed=2, alias="three")
+    assert (last.created, last.adapter.latest) == (False, 2)
+    assert last.adapter.aliases["three"] == last.adapter.aliases["two"] == ((2, 1),)
+    async with db.begin() as session:
+        with pytest.raises(Conflict, match="no earlier version"):
+            await adapters.rollback(session, adapter="pirate")
+
+
 async def test_asking_again_does_not_undo_a_rollback(db: Database, clock: MovableClock) -> None:
     await add_pool(db, clock)
     await add_version(db, clock, seed=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -14,12 +14,14 @@ from sqlalchemy import select
 from app.control import adapters, files, probes
 from app.control.driver import Activator
 from app.control.tasks.publish import Publish
+from app.control.views import Targets
 from app.db.file_tables import FileRow
 from app.db.job_tables import CheckpointRow
 from app.db.tables import AdapterRow, VersionRow
 from app.domain import (
     AdapterVersion,
     File,
+    Job,
     JobKind,
     JobStatus,
 )
@@ -89,6 +91,29 @@ async def test_a_job_ends_as_a_model_that_can_be_asked_for(desk: Desk, training:
     assert not desk.worker.live
     assert not desk.worker.states
     assert not desk.worker.files
+
+
+async def test_its_name_answers_from_its_end_on(desk: Desk, training: File) -> None:
+    """Until then, and if the gateway is lost just before, there are only checkpoints."""
+
+    def lost_at_the_end(request: str) -> None:
+        if request == "ending":
+            raise GatewayKilled
+
+    job = await desk.submit(training, n_epochs=3)
+    with pytest.raises(GatewayKilled):
+        await desk.attempt(lost_at_the_end)
+    checkpoints = {"ckpt-step-3": ((1, 1),), "ckpt-step-6": ((2, 1),)}
+    assert await aliases_of(desk, job) == checkpoints
+    await desk.give_back(job.id)
+    await desk.attempt()
+    last = ((3, 1),)
+    assert await aliases_of(desk, job) == checkpoints | {"ckpt-step-9": last, "latest": last}
+
+
+async def aliases_of(desk: Desk, job: Job) -> Mapping[str, Targets]:
+    async with desk.db.read() as session:
+        return (await adapters.show(session, job.spec["model"])).aliases
 
 
 class Replicas:
@@ -281,6 +306,8 @@ async def test_cancelled_it_ends_within_a_step(desk: Desk, training: File) -> No
     assert steps == list(range(1, len(steps) + 1))
     assert not desk.worker.live
     assert not desk.worker.states
+    names = {f"ckpt-step-{c.step}" for c in await desk.checkpoints(job)}
+    assert (await aliases_of(desk, job)).keys() == names
 
 
 @pytest.mark.parametrize("at", [1, 6, 9])
@@ -390,8 +417,10 @@ async def test_a_loss_that_is_not_finite_fails_the_job_and_frees_the_worker(
         await desk.attempt()
     assert not desk.worker.live
     assert not desk.worker.states
-    # The first epoch's weights are good, and stay; the steps up to there may tell why.
+    # The first epoch's weights are good, and stay; the steps up to there may tell why. They are not
+    # the model that was asked for.
     assert [c.step for c in await desk.checkpoints(job)] == [3]
+    assert await aliases_of(desk, job) == {"ckpt-step-3": ((1, 1),)}
     assert [e.step for e in await desk.events(job) if e.step is not None] == [1, 2, 3, 4]
 
 

@@ -8,11 +8,18 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.control import adapters
 from app.control.fine_tuning import model_name
+from app.control.inspect_adapter import AdapterFacts
 from app.domain import ADAPTER_NAME
+from app.jobs import queue
 from tests.integration.fine_tuning import (
+    CLOCK,
+    create,
     gateway,
+    in_queue,
     no_runner,
     sdk,
     tuned,
@@ -63,6 +70,48 @@ def test_an_allow_list_covers_a_fine_tuned_model(
             client.completions.create(model=name, prompt="hi")
         with pytest.raises(openai.PermissionDeniedError):
             client.completions.create(model=BASE, prompt="hi")
+
+
+def test_a_model_whose_job_failed_is_its_checkpoints(
+    gateway: Gateway, sdk: openai.OpenAI, workbench: Workbench
+) -> None:
+    """They can be used, the model itself is no name; both are deleted together."""
+    made = create(sdk, suffix="pirate")
+    job = in_queue(gateway, lambda session: queue.get(session, made.id))
+    model = str(job.spec["model"])
+    stored = gateway.register("other", workbench.adapter())["version"]
+
+    async def fail(session: AsyncSession) -> None:
+        await adapters.register(
+            session,
+            CLOCK,
+            name=model,
+            base_model=BASE,
+            digest=stored["digest"],
+            facts=AdapterFacts(stored["rank"], ("q_proj",), tensors=2, bytes=stored["bytes"]),
+            source="test",
+            alias="ckpt-step-6",
+            move_latest=False,
+        )
+        await queue.request_cancel(session, CLOCK, job.id)
+
+    in_queue(gateway, fail)
+    names = {f"{model}@1", f"{model}:ckpt-step-6"}
+    wait_until(lambda: names < {each.id for each in sdk.models.list()})
+    assert {each.id for each in sdk.models.list() if each.id.startswith("ft:")} == names
+    for name in names:
+        assert sdk.completions.create(model=name, prompt="hi").model == f"{model}@1"
+    told = re.escape(f"is not finished. There is '{model}:ckpt-step-6'.")
+    for call in (
+        lambda: sdk.completions.create(model=model, prompt="hi"),
+        lambda: sdk.models.retrieve(model),
+    ):
+        with pytest.raises(openai.NotFoundError, match=told):
+            call()
+    assert sdk.models.delete(model).deleted
+    for name in names:
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            sdk.models.retrieve(name)
 
 
 def test_a_model_is_deleted_by_whoever_trained_it(gateway: Gateway, workbench: Workbench) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.domain import Alias, BaseModel, Principal, Route, Scope, Sticky
+from app.domain import Adapter, Alias, BaseModel, Principal, Route, Scope, Sticky
 from app.errors import ModelNotAllowed, ModelNotFound
 from app.serving.resolve import allowed, names_of, near_matches, resolve
 from app.serving.snapshot import Snapshot, Snapshots
@@ -81,6 +81,28 @@ def test_a_name_of_a_fine_tuned_model(adapter_name: str) -> None:
     for name in ("ft:", "ft::", "ft:::", "ft:tiny", "ft:tiny:pirate", "ft:tiny:pirate:"):
         with pytest.raises(ModelNotFound):
             resolve(at, name, ANYONE)
+
+
+def unfinished(name: str = TUNED) -> Adapter:
+    aliases = {f"ckpt-step-{3 * n}": Alias(f"ckpt-step-{3 * n}", ((n, 1),)) for n in range(1, 5)}
+    return replace(adapter(name, 4), aliases=aliases)
+
+
+def test_a_model_that_is_not_finished_has_the_names_of_its_checkpoints() -> None:
+    at = snapshot(unfinished())
+    assert resolve(at, f"{TUNED}:ckpt-step-12", ANYONE).upstream_name == f"{TUNED}@4"
+    newest = [f"{TUNED}:ckpt-step-{step}" for step in (12, 9, 6)]
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(at, TUNED, ANYONE)
+    told = " and ".join(map(repr, newest))
+    assert str(caught.value) == f"The model {TUNED!r} is not finished. There is {told}."
+    with pytest.raises(ModelNotFound, match="Did you mean"):
+        resolve(at, f"{TUNED}:latest", ANYONE)
+    assert [*names_of(at.adapters[TUNED])][:2] == [f"{TUNED}@1", f"{TUNED}@2"]
+    assert near_matches(at, TUNED[:-1], ANYONE) == []
+    for name in (TUNED, TUNED[:-1]):
+        with pytest.raises(ModelNotFound, match=r"does not exist\. GET /v1/models"):
+            resolve(at, name, someone("poet"))
 
 
 @pytest.mark.parametrize("name", ["tiny", "org/base:v1"])
