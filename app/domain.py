@@ -261,7 +261,7 @@ class TrainingRun:
 
     `id` is also the name of the adapter it becomes: version `version` has the weights after
     `saved_steps` of its `optim_steps`. `next_seq` numbers the next op that its worker is given.
-    `worker_base` is what that calls the base.
+    `worker_base` is what that calls the base. The probe of its next version is of `probe_tokens`.
     """
 
     id: str
@@ -274,6 +274,7 @@ class TrainingRun:
     optim_steps: int
     saved_steps: int | None
     version: int | None
+    probe_tokens: tuple[tuple[int, ...], ...]
     created_at: datetime
 
 

@@ -6,7 +6,7 @@ given here, each once. It must not know: what an op does, workers, how a job is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, select
@@ -62,6 +62,16 @@ async def shape(
     """Say what the worker makes of it."""
     row = await _get(session, run_id)
     row.spec = _stored(lora, worker_base)
+    await session.flush()
+    return _run(row)
+
+
+async def probe_by(
+    session: AsyncSession, run_id: str, probe_tokens: Sequence[Sequence[int]]
+) -> TrainingRun:
+    """Say of which tokens the probe of its next version is."""
+    row = await _get(session, run_id)
+    row.probe_tokens = [list(tokens) for tokens in probe_tokens]
     await session.flush()
     return _run(row)
 
@@ -186,5 +196,6 @@ def _run(row: TrainingRunRow) -> TrainingRun:
         optim_steps=row.optim_steps,
         saved_steps=row.saved_steps,
         version=row.version,
+        probe_tokens=tuple(map(tuple, row.probe_tokens or ())),
         created_at=row.created_at,
     )

@@ -1,4 +1,4 @@
-"""The queue's tables: jobs with their events and checkpoints, and runs that outlive a job.
+"""The queue's tables: jobs with events, checkpoints and payloads, and runs that outlive a job.
 
 What comes in: values set by `app.jobs` and `app.control`. What goes out: rows, which never leave
 the transaction they were read in. Knows nothing of what a job does.
@@ -9,7 +9,16 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, UniqueConstraint, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    String,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.tables import Id, Row
@@ -113,10 +122,27 @@ class CheckpointRow(Row):
     created_at: Mapped[datetime]
 
 
+class OpPayloadRow(Row):
+    """What a single op works on: large, and needed only until its run's state is saved after it.
+
+    `run` is empty for one that is about no run.
+    """
+
+    __tablename__ = "op_payloads"
+    __table_args__ = (Index("ix_op_payloads_run", "run", "job_number"),)
+
+    job_number: Mapped[int] = mapped_column(
+        Id, ForeignKey("jobs.number", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    run: Mapped[str] = mapped_column(String(128))
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class TrainingRunRow(Row):
     """A run that lives across single ops: the adapter it became, and its next op's number.
 
     `version` is that adapter's newest, whose weights are those after `saved_steps` optimizer steps.
+    The probe of the next one is of `probe_tokens`.
     """
 
     __tablename__ = "training_runs"
@@ -133,3 +159,4 @@ class TrainingRunRow(Row):
     version: Mapped[int | None]
     created_at: Mapped[datetime]
     removed_at: Mapped[datetime | None]
+    probe_tokens: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
