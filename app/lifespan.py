@@ -25,7 +25,14 @@ from app.control.backends import Embedded
 from app.control.declared import sync_declared
 from app.control.driver import Driver
 from app.control.probes import probe_of
-from app.control.tasks import collect_files, expire_jobs, place, sweep, tidy_runs
+from app.control.tasks import (
+    collect_files,
+    expire_jobs,
+    place,
+    sweep,
+    tidy_payloads,
+    tidy_runs,
+)
 from app.control.tasks.collect_files import CollectFiles
 from app.control.tasks.expire_jobs import ExpireJobs
 from app.control.tasks.flush_usage import FlushUsage
@@ -33,6 +40,7 @@ from app.control.tasks.place import Place
 from app.control.tasks.publish import Publish
 from app.control.tasks.reap import Reap
 from app.control.tasks.sweep import Sweep
+from app.control.tasks.tidy_payloads import TidyPayloads
 from app.control.tasks.tidy_runs import TidyRuns
 from app.db.blobs import AdapterStore
 from app.db.engine import Database, database_url
@@ -158,6 +166,7 @@ async def _open(stack: AsyncExitStack, settings: Settings) -> Rooms:
     handlers[JobKind.TRAIN_OP] = TrainOp(rooms, TrainerClient)
     tidying = TidyRuns(db, known, TrainerClient)
     driver.add("tidy_runs", tidying.activate, tidy_runs.PERIOD_S)
+    driver.add("tidy_payloads", TidyPayloads(db).activate, tidy_payloads.PERIOD_S)
 
     async with db.begin() as session:
         await sync_declared(session, settings, clock)

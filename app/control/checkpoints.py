@@ -20,7 +20,7 @@ from app.control import adapters
 from app.control.intake import Admitted
 from app.db.job_tables import CheckpointRow
 from app.db.tables import AdapterRow, VersionRow
-from app.domain import Job, Probe
+from app.domain import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,6 @@ class Trained:
 
     step: int
     admitted: Admitted
-    probe: Probe | None
     metrics: Mapping[str, float]
 
 
@@ -65,7 +64,7 @@ async def register(
         source=trained.admitted.source,
         alias=checkpoint_alias(trained.step),
         metadata=provenance,
-        probe=trained.probe,
+        probe=trained.admitted.probe,
         move_latest=final,
     )
     adapter = select(AdapterRow.id).where(AdapterRow.name == model).scalar_subquery()

@@ -12,20 +12,20 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.clock import Clock
-from app.control import runs
+from app.control import op_payloads, runs
 from app.db.engine import Database
 from app.domain import Job, JobKind, LoraSpec, Pool, Trainer, TrainingRun
 from app.errors import Conflict, InvalidRequest, NotFound, NotTrainable
 from app.jobs import queue
 from app.settings import Settings
 from app.training import single_ops
-from app.training.single_ops import AddLora, Sample, Spec
+from app.training.single_ops import AddLora, Sample, Spec, Stored
 
 MAX_SEED = (1 << 31) - 1
 #: Pauses between looks at a job that a client waits for, in seconds.
@@ -106,8 +106,9 @@ async def add_lora(rooms: Doors, asking: Asking, pool: Pool, new: NewLora) -> Jo
         )
     job_id = asking.job_id()
     run_id = _run_id(new.asked, job_id)
+    op = single_ops.stored(AddLora(run_id))
     async with rooms.db.begin() as session:
-        known = await _known(session, asking, job_id, AddLora(run_id))
+        known = await _known(session, asking, job_id, op)
         if known is not None:
             return known
         trainer = await _least_taken(session, pool.base_model, rooms.trainers)
@@ -121,7 +122,7 @@ async def add_lora(rooms: Doors, asking: Asking, pool: Pool, new: NewLora) -> Jo
             base_model=pool.base_model,
             lora=LoraSpec(new.rank, new.alpha, new.target_modules, seed),
         )
-        return await _submit(rooms, session, asking, job_id, AddLora(run_id), trainer)
+        return await _submit(rooms, session, asking, job_id, op, trainer)
 
 
 async def submit(rooms: Doors, asking: Asking, spec: Spec) -> Job:
@@ -133,26 +134,28 @@ async def submit(rooms: Doors, asking: Asking, spec: Spec) -> Job:
         Conflict: the key has as many jobs waiting as it may have.
     """
     job_id = asking.job_id()
+    op = await asyncio.to_thread(single_ops.stored, spec)
     async with rooms.db.begin() as session:
-        known = await _known(session, asking, job_id, spec)
+        known = await _known(session, asking, job_id, op)
         if known is not None:
             return known
         run = await runs.get(session, spec.run, asking.owner)
         if isinstance(spec, Sample) and await _is_served(session, run):
-            now = Sample(run.id, spec.prompts, spec.params, f"{run.id}@{run.version}")
+            now = replace(op, spec={**op.spec, "model": f"{run.id}@{run.version}"})
             return await _submit(rooms, session, asking, job_id, now, None)
         trainer = rooms.trainers.get(run.trainer)
         if trainer is None:
             raise NotTrainable(f"The trainer {run.trainer!r} of {run.id!r} is not set up any more.")
-        return await _submit(rooms, session, asking, job_id, spec, trainer)
+        return await _submit(rooms, session, asking, job_id, op, trainer)
 
 
 async def submit_sample(rooms: Doors, asking: Asking, spec: Sample) -> Job:
     """Queue sampling from a model that needs no run: a base, or a registered adapter."""
     job_id = asking.job_id()
+    op = await asyncio.to_thread(single_ops.stored, spec)
     async with rooms.db.begin() as session:
-        known = await _known(session, asking, job_id, spec)
-        return known or await _submit(rooms, session, asking, job_id, spec, None)
+        known = await _known(session, asking, job_id, op)
+        return known or await _submit(rooms, session, asking, job_id, op, None)
 
 
 async def find_run(rooms: Doors, asking: Asking, name: str) -> TrainingRun | None:
@@ -189,24 +192,28 @@ async def _submit(
     session: AsyncSession,
     asking: Asking,
     job_id: str,
-    spec: Spec,
+    op: Stored,
     trainer: Trainer | None,
 ) -> Job:
+    run = op.spec["run"]
     new = queue.NewJob(
         kind=JobKind.TRAIN_OP,
         key_id=asking.key_id,
-        spec=single_ops.stored(spec),
+        spec=op.spec,
         trainer=None if trainer is None else trainer.name,
-        lock=None if trainer is None else trainer.lock or f"run:{spec.run}",
-        metadata={} if trainer is None else {"run": spec.run},
+        lock=None if trainer is None else trainer.lock or f"run:{run}",
+        metadata={} if trainer is None else {"run": run},
         max_attempts=rooms.settings.job_attempts,
         id=job_id,
     )
     most = rooms.settings.max_queued_jobs
-    return await queue.submit(session, rooms.clock, new, most=most)
+    job = await queue.submit(session, rooms.clock, new, most=most)
+    if op.payload is not None:
+        await op_payloads.keep(session, job, run, op.payload)
+    return job
 
 
-async def _known(session: AsyncSession, asking: Asking, job_id: str, spec: Spec) -> Job | None:
+async def _known(session: AsyncSession, asking: Asking, job_id: str, op: Stored) -> Job | None:
     """The job of the same request, if it was sent before."""
     if asking.once is None:
         return None
@@ -214,7 +221,7 @@ async def _known(session: AsyncSession, asking: Asking, job_id: str, spec: Spec)
         job = await queue.get(session, job_id, asking.key_id)
     except NotFound:
         return None
-    if _asked(job.spec) != _asked(single_ops.stored(spec)):
+    if _asked(job.spec) != _asked(op.spec):
         raise Conflict(
             "This Idempotency-Key was sent before with another request: use a new one.",
             param="Idempotency-Key",

@@ -19,10 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.control import checkpoints
 from app.control.checkpoints import Trained
 from app.control.driver import Activator
-from app.control.inspect_probe import checked_probe, vocab_size_of
+from app.control.inspect_probe import PROBE_FILE
 from app.control.intake import Candidate, admit
 from app.db.blobs import FILES, AdapterStore
-from app.domain import Job, JobEventType, Probe
+from app.domain import Job, JobEventType
 from app.errors import TrainerError
 from app.handlers.step_metrics import numbers, step_event
 from app.jobs import queue
@@ -56,11 +56,12 @@ class Rooms(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunSource:
-    """Weights that a run has saved on its worker: a `control.intake.Source`."""
+    """Weights that a run has saved on its worker, and its probe: a `control.intake.Source`."""
 
     run: Run
     name: str
     files: tuple[SavedFile, ...]
+    probe: ProbeResult | None
 
     async def fetch(self, folder: Path, settings: Settings) -> str:
         wanted = [file for file in self.files if file.name in FILES]
@@ -68,6 +69,8 @@ class RunSource:
             found = ", ".join(file.name for file in self.files) or "nothing"
             raise TrainerError(f"run {self.run.run_id!r} saved {found}, which is no adapter")
         await self.run.download(self.name, wanted, folder)
+        if self.probe is not None:
+            (folder / PROBE_FILE).write_bytes(msgspec.json.encode(self.probe))
         return f"job:{self.run.run_id}"
 
 
@@ -214,19 +217,14 @@ class Recorder:
 
     async def _fetched(self, done: EpochDone) -> Trained:
         admitted = await admit(
-            RunSource(self.of.run, done.name, done.files),
+            RunSource(self.of.run, done.name, done.files, done.probe),
             candidates=[self.of.target],
             store=self._rooms.store,
             settings=self._rooms.settings,
         )
         step = self._ending_epoch
         assert step is not None, "an epoch is told after its last step"
-        probe = None if done.probe is None else self._checked(done.probe)
-        return Trained(done.step, admitted, probe, numbers(step, done.valid))
-
-    def _checked(self, probe: ProbeResult) -> Probe:
-        vocab_size = vocab_size_of(self.of.target.base.config)
-        return checked_probe(msgspec.to_builtins(probe), vocab_size)
+        return Trained(done.step, admitted, numbers(step, done.valid))
 
 
 def _checkpoint_event(name: str, step: int) -> NewEvent:

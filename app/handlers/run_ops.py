@@ -3,8 +3,8 @@
 What comes in: a job that was claimed, and the ops it stands for. What goes out: their results. The
 numbers that a job's ops get are recorded with the job before the worker hears of them, so that
 whoever runs it next sends the same. A worker that was lost has its last state; the ops after that
-are made from the jobs that asked for them and done again. It must not know: adapters, versions,
-what the results are for.
+are made from the jobs that asked for them and done again, for which their payloads are kept until
+then. It must not know: adapters, versions, what the results are for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from app.control import runs
+from app.control import op_payloads, runs
 from app.domain import Job, JobStatus, TrainingRun
 from app.errors import Conflict, RequestError
 from app.jobs import queue
@@ -22,7 +22,7 @@ from app.ops import ForwardBackward, Op, Result, SaveForSampling, SaveState
 from app.training import op_data, single_ops
 from app.training.patience import Patience
 from app.training.run import Run, TrainerHost
-from app.training.single_ops import AddLora, FwdBwd, Optim, Sample, Spec
+from app.training.single_ops import FwdBwd, Optim
 
 #: What the worker calls the adapter that was saved last.
 SAVED = "served"
@@ -47,42 +47,45 @@ class Attempt:
         return self.job.number * _ATTEMPTS + self.ctx.lease.attempt
 
 
-async def perform(attempt: Attempt, spec: Spec) -> list[Result]:
-    """Do what a job asks of its run's worker.
+def to_make(of: TrainingRun) -> list[Op]:
+    """The ops of a new run: its weights, and a state of it."""
+    return [*to_save(of), SaveState()]
+
+
+async def to_pass(host: TrainerHost, spec: FwdBwd) -> ForwardBackward:
+    """The op of a pass; the same one every time.
+
+    Raises:
+        InvalidRequest: the data are not such as can be trained on.
+        TrainerError: the worker, which renders conversations, does not answer.
+    """
+    data = await op_data.datums(host, spec.data)
+    return ForwardBackward(data, spec.loss, spec.config, spec.forward_only, spec.outputs)
+
+
+def to_step(spec: Optim) -> list[Op]:
+    """The ops of a step: it, and a state, so that little is done again after a loss."""
+    return [spec.step(), SaveState()]
+
+
+def to_save(of: TrainingRun) -> list[Op]:
+    """The op that writes a run's weights, with a probe of them."""
+    return [SaveForSampling(SAVED, [list(tokens) for tokens in of.probe_tokens])]
+
+
+async def perform(attempt: Attempt, ops: Sequence[Op]) -> list[Result]:
+    """Have a job's ops done by its run's worker.
 
     Raises:
         RequestError: an op failed and would fail again; its numbers are free.
         TrainerError: the worker did not come back.
     """
-    ops = await attempt.patience.again(partial(ops_of, attempt.host, spec))
     first = await _numbered(attempt, len(ops))
     try:
         return await attempt.patience.again(partial(_carry_out, attempt, first, ops))
     except RequestError:
         await _free(attempt)
         raise
-
-
-async def ops_of(host: TrainerHost, spec: Spec) -> list[Op]:
-    """The ops that stand for what was asked; the same ones every time.
-
-    What changes weights is followed by a state, so that little is done again after a loss.
-
-    Raises:
-        InvalidRequest: the data are not such as can be trained on.
-    """
-    match spec:
-        case AddLora():
-            return [SaveForSampling(SAVED), SaveState()]
-        case FwdBwd():
-            data = await op_data.datums(host, spec.data)
-            return [ForwardBackward(data, spec.loss, spec.config, spec.forward_only, spec.outputs)]
-        case Optim():
-            return [spec.step(), SaveState()]
-        case Sample():
-            return [SaveForSampling(SAVED)]
-        case _:
-            return []
 
 
 async def _numbered(attempt: Attempt, count: int) -> int:
@@ -124,10 +127,8 @@ async def _lost(attempt: Attempt, next_seq: int, first: int) -> Mapping[int, Op]
         jobs = await runs.numbered(session, attempt.of.id, next_seq, first)
     found: dict[int, Op] = {}
     for job in jobs:
-        seq, count = job.progress["seq"], job.progress["ops"]
-        # One that has failed did nothing, as far as its client knows; it must not be done now.
-        ops = [SaveState()] * count if _failed(job) else await _rebuilt(attempt.host, job)
-        found |= dict(enumerate(ops, seq))
+        ops = await _again(attempt, job)
+        found |= dict(enumerate(ops, job.progress["seq"]))
     wanted = range(next_seq, first)
     if any(seq not in found for seq in wanted):
         raise Conflict(
@@ -138,12 +139,25 @@ async def _lost(attempt: Attempt, next_seq: int, first: int) -> Mapping[int, Op]
     return {seq: found[seq] for seq in wanted}
 
 
-def _failed(job: Job) -> bool:
-    return job.status in (JobStatus.FAILED, JobStatus.CANCELLED)
+async def _again(attempt: Attempt, job: Job) -> list[Op]:
+    """What a job's ops are repeated as; nothing if what they worked on was dropped.
 
-
-async def _rebuilt(host: TrainerHost, job: Job) -> list[Op]:
-    return await ops_of(host, single_ops.read(job.spec))
+    One that has failed did nothing, as far as its client knows, and of one that leaves the weights
+    as they are the result is kept: of these, only the numbers are needed.
+    """
+    if job.status is not JobStatus.SUCCEEDED or not single_ops.trains(job.spec):
+        return [SaveState()] * job.progress["ops"]
+    async with attempt.ctx.db.read() as session:
+        payload = await op_payloads.of_job(session, job)
+    if "payload" in job.spec and payload is None:
+        return []
+    match single_ops.read(job.spec, payload):
+        case FwdBwd() as spec:
+            return [await to_pass(attempt.host, spec)]
+        case Optim() as spec:
+            return to_step(spec)
+        case _:
+            return []
 
 
 async def _free(attempt: Attempt) -> None:

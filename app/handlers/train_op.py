@@ -8,11 +8,13 @@ when they have changed since that was done last.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 from typing import Any, Protocol
 
-from app.control import adapters, registration, runs
+from app.control import adapters, op_payloads, registration, runs
 from app.control.registration import Registration
 from app.domain import Job, JobError, LoraSpec, Trainer, TrainingRun
 from app.errors import (
@@ -30,11 +32,11 @@ from app.errors import (
 from app.handlers import draw
 from app.handlers.fine_tune_load import usual_modules
 from app.handlers.fine_tune_recorder import RunSource
-from app.handlers.run_ops import SAVED, Attempt, perform
+from app.handlers.run_ops import SAVED, Attempt, perform, to_make, to_pass, to_save, to_step
 from app.jobs import queue
 from app.jobs.context import JobContext
 from app.ops import Result
-from app.training import single_ops
+from app.training import op_data, single_ops
 from app.training.patience import Patience
 from app.training.run import TrainerHost
 from app.training.single_ops import AddLora, FwdBwd, Optim, RemoveLora, Sample
@@ -65,7 +67,9 @@ class TrainOp:
         self._connect = connect
 
     async def __call__(self, job: Job, ctx: JobContext) -> None:
-        spec = single_ops.read(job.spec)
+        async with ctx.db.read() as session:
+            payload = await op_payloads.of_job(session, job)
+        spec = await asyncio.to_thread(single_ops.read, job.spec, payload)
         try:
             if isinstance(spec, Sample) and spec.model is not None:
                 await self._sample(job, ctx, spec.model, spec)
@@ -92,22 +96,21 @@ class TrainOp:
             attempt = Attempt(ctx, job, of, host, host.run(of.id), patience)
             match spec:
                 case AddLora():
-                    await self._add_lora(attempt, spec)
+                    await self._add_lora(attempt)
                 case RemoveLora():
                     await self._remove_lora(attempt)
                 case FwdBwd():
-                    (result,) = await perform(attempt, spec)
-                    await _finish(attempt, _passed(result, spec))
+                    await _fwdbwd(attempt, spec)
                 case Optim():
                     await self._optim(attempt, spec)
                 case Sample():
                     await self._sample_now(attempt, spec)
 
-    async def _add_lora(self, attempt: Attempt, spec: AddLora) -> None:
+    async def _add_lora(self, attempt: Attempt) -> None:
         """Make the run; if that cannot be, its name is as if it had never been."""
         try:
             attempt = await _shaped(attempt)
-            saved, _ = await perform(attempt, spec)
+            saved, _ = await perform(attempt, to_make(attempt.of))
             version = await self._register(attempt, saved)
         except (RequestError, AdapterLoadFailed) as exc:
             await _delete(attempt)
@@ -117,13 +120,16 @@ class TrainOp:
                 error = JobError(exc.code, str(exc), exc.param)
                 await queue.fail(session, ctx.clock, ctx.lease, error)
             return
-        await _finish(attempt, {"model_id": attempt.of.id, "model": version})
+        ctx, result = attempt.ctx, {"model_id": attempt.of.id, "model": version}
+        async with ctx.ending() as session:
+            await queue.finish(session, ctx.clock, ctx.lease, result)
 
     async def _remove_lora(self, attempt: Attempt) -> None:
         await attempt.patience.again(attempt.run.delete)
         ctx, name = attempt.ctx, attempt.of.id
         async with ctx.ending() as session:
             await runs.remove(session, ctx.clock, name)
+            await op_payloads.drop_before(session, name, attempt.job)
             with suppress(NotFound):  # an admin has deleted it
                 await adapters.delete(session, ctx.clock, name)
             result = {"model_id": name, "status": "deleted"}
@@ -131,10 +137,12 @@ class TrainOp:
         await self._rooms.publish.settle()
 
     async def _optim(self, attempt: Attempt, spec: Optim) -> None:
-        stepped, _ = await perform(attempt, spec)
+        stepped, _ = await perform(attempt, to_step(spec))
         ctx = attempt.ctx
         async with ctx.ending() as session:
             steps = await runs.stepped(session, attempt.of.id)
+            # The worker has saved a state: what came before it is not done again.
+            await op_payloads.drop_before(session, attempt.of.id, attempt.job)
             result = {
                 "model_id": attempt.of.id,
                 "step": steps,
@@ -146,7 +154,7 @@ class TrainOp:
         """Sample from the run's weights as they are, registered if they are not yet."""
         of = attempt.of
         if of.version is None or of.saved_steps != of.optim_steps:
-            (saved,) = await perform(attempt, spec)
+            (saved,) = await perform(attempt, to_save(of))
             model = await self._register(attempt, saved)
         else:
             model = f"{of.id}@{of.version}"
@@ -157,6 +165,7 @@ class TrainOp:
             await self._rooms.publish.settle()  # another gateway may have registered it just now
         result = await draw.draw(self._rooms, job.key_id, model, spec)
         async with ctx.ending() as session:
+            await op_payloads.drop(session, job)
             await queue.finish(session, ctx.clock, ctx.lease, result)
 
     async def _register(self, attempt: Attempt, saved: Result) -> str:
@@ -164,7 +173,7 @@ class TrainOp:
         of, ctx = attempt.of, attempt.ctx
         wanted = Registration(
             name=of.id,
-            source=RunSource(attempt.run, SAVED, tuple(saved.files)),
+            source=RunSource(attempt.run, SAVED, tuple(saved.files), saved.probe),
             base_model=of.base_model,
             metadata=_provenance(of, attempt.job),
             by=of.key_id,
@@ -207,8 +216,12 @@ async def _shaped(attempt: Attempt) -> Attempt:
         )
     modules = lora.target_modules or usual_modules(info.target_modules)
     fitting = LoraSpec(lora.rank, lora.alpha, modules, lora.seed)
+    probe_tokens = attempt.of.probe_tokens or await attempt.patience.again(
+        partial(op_data.first_probe_tokens, attempt.host)
+    )
     async with attempt.ctx.db.begin() as session:
-        of = await runs.shape(session, attempt.of.id, fitting, info.base_model)
+        await runs.shape(session, attempt.of.id, fitting, info.base_model)
+        of = await runs.probe_by(session, attempt.of.id, probe_tokens)
     return Attempt(attempt.ctx, attempt.job, of, attempt.host, attempt.run, attempt.patience)
 
 
@@ -225,10 +238,17 @@ async def _give_way(ctx: JobContext) -> None:
         await queue.give_back(session, ctx.clock, ctx.lease, reason, count=False, delay_s=WAIT_S)
 
 
-async def _finish(attempt: Attempt, result: Mapping[str, Any]) -> None:
-    ctx = attempt.ctx
+async def _fwdbwd(attempt: Attempt, spec: FwdBwd) -> None:
+    ctx, job = attempt.ctx, attempt.job
+    op = await attempt.patience.again(partial(to_pass, attempt.host, spec))
+    (result,) = await perform(attempt, [op])
+    rows = op_data.probe_tokens(op.data)
     async with ctx.ending() as session:
-        await queue.finish(session, ctx.clock, ctx.lease, result)
+        if not single_ops.trains(job.spec):
+            await op_payloads.drop(session, job)
+        elif rows:
+            await runs.probe_by(session, attempt.of.id, rows)
+        await queue.finish(session, ctx.clock, ctx.lease, _passed(result, spec))
 
 
 def _passed(result: Result, spec: FwdBwd) -> dict[str, Any]:

@@ -15,7 +15,8 @@ What comes in: JSON items in any of these forms. What goes out: `ops.Datum`s, sh
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -23,11 +24,20 @@ import msgspec
 from app.errors import InvalidRequest
 from app.ops import Datum, Message, Rendered, Tensor
 from app.training import conversations
+from app.training.batches import PROBE_ROWS, PROBE_TOKENS
 from app.training.conversations import BadLine
 from app.training.run import TrainerHost
 
 IGNORED_LABEL = -100
 MAX_ITEMS = 4096
+GREETING = [
+    {"role": "user", "content": "Good morning! When does the ship with my two parcels arrive?"},
+    {
+        "role": "assistant",
+        "content": "Good morning. It is due at noon, if the wind stays as it is.",
+    },
+    {"role": "user", "content": "And if it does not?"},
+]
 
 
 class _Labelled(msgspec.Struct, forbid_unknown_fields=True):
@@ -68,6 +78,24 @@ def check(data: Sequence[Any]) -> None:
         _read(at, item)
 
 
+def probe_tokens(data: Sequence[Datum]) -> tuple[tuple[int, ...], ...]:
+    """How the first items begin: what a run learned shows best whether it is served as trained."""
+    return _beginnings(each.tokens for each in data)
+
+
+async def first_probe_tokens(host: TrainerHost) -> tuple[tuple[int, ...], ...]:
+    """The same for a run that was trained on nothing yet: of a greeting.
+
+    Nothing if the base has no chat template.
+
+    Raises:
+        TrainerUnavailable: the worker cannot be asked.
+    """
+    greeting = Message(msgspec.json.encode(GREETING))
+    rendered = await host.render([greeting], complete=False)
+    return _beginnings(each.tokens for each in rendered if each.tokens is not None)
+
+
 async def datums(host: TrainerHost, data: Sequence[Any]) -> list[Datum]:
     """The items as a worker wants them; its chat template renders the conversations.
 
@@ -82,6 +110,11 @@ async def datums(host: TrainerHost, data: Sequence[Any]) -> list[Datum]:
         _rendered(at, next(rendered)) if isinstance(one, Message) else one
         for at, one in enumerate(found)
     ]
+
+
+def _beginnings(sequences: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
+    rows = (tuple(memoryview(each.data).cast("i")[:PROBE_TOKENS]) for each in sequences)
+    return tuple(islice((row for row in rows if len(row) > 1), PROBE_ROWS))
 
 
 def _read(at: int, item: Any) -> Datum | Message:
@@ -99,7 +132,7 @@ def _read(at: int, item: Any) -> Datum | Message:
         if "input_ids" in item:
             return _labelled(msgspec.convert(item, _Labelled))
         return _shifted(msgspec.convert(item, _Shifted))
-    except (BadLine, msgspec.ValidationError) as exc:
+    except (BadLine, msgspec.ValidationError, UnicodeEncodeError) as exc:
         raise _wrong(at, str(exc)) from exc
 
 

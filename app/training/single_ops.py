@@ -1,12 +1,15 @@
 """Single ops as they wait in the queue: what a client of the Tink API asked for.
 
-What comes in and goes out: the JSON of a job's `spec`, typed here for who writes and who reads it.
-It must not know: SQL, HTTP, workers.
+What comes in and goes out: the JSON of a job's `spec`, typed here for who writes and who reads it,
+and a payload apart from it: what the op works on, which may be large and is not kept for ever. The
+spec says the payload's digest. It must not know: SQL, HTTP, workers.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -60,11 +63,37 @@ class Sample(_Spec, frozen=True, tag="sample"):
 Spec = AddLora | RemoveLora | FwdBwd | Optim | Sample
 
 
-def read(spec: Mapping[str, Any]) -> Spec:
-    found: Spec = msgspec.convert(dict(spec), Spec)
-    return found
+#: What of an op is its payload.
+_PAYLOADS = {"fwdbwd": "data", "sample": "prompts"}
 
 
-def stored(spec: Spec) -> dict[str, Any]:
-    found: dict[str, Any] = msgspec.to_builtins(spec)
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An op as it is kept: its job's spec, and its payload if it has one."""
+
+    spec: Mapping[str, Any]
+    payload: bytes | None = None
+
+
+def stored(spec: Spec) -> Stored:
+    """The op apart from its payload."""
+    told: dict[str, Any] = msgspec.to_builtins(spec)
+    field = _PAYLOADS.get(told["op"])
+    if field is None:
+        return Stored(told)
+    payload = msgspec.json.encode(told.pop(field))
+    return Stored(told | {"payload": hashlib.sha256(payload).hexdigest()}, payload)
+
+
+def trains(spec: Mapping[str, Any]) -> bool:
+    """Whether the weights of its run depend on the op of a job's `spec`."""
+    return spec["op"] == "optim" or (spec["op"] == "fwdbwd" and not spec.get("forward_only"))
+
+
+def read(spec: Mapping[str, Any], payload: bytes | None = None) -> Spec:
+    """The op again. Without its payload, it must be one that has none."""
+    told = dict(spec)
+    if payload is not None:
+        told[_PAYLOADS[told["op"]]] = msgspec.json.decode(payload)
+    found: Spec = msgspec.convert(told, Spec)
     return found

@@ -116,7 +116,6 @@ class FakeWorker:
 
     async def render(self, conversations: Sequence[Message], *, complete: bool) -> list[Rendered]:
         """A token for each character; those of the assistant's messages have a weight."""
-        assert complete
         self.trouble("render")
         return [rendered(json.loads(one.messages)) for one in conversations]
 
@@ -185,7 +184,8 @@ class FakeWorker:
                 for name, data in files.items()
             ]
             logprobs = [[-number(state.weights, "p")] * (len(row) - 1) for row in op.probe_tokens]
-            return Result(files=saved, probe=ProbeResult(op.probe_tokens, logprobs, "float32"))
+            probe = ProbeResult(op.probe_tokens, logprobs, "float32") if logprobs else None
+            return Result(files=saved, probe=probe)
         return Result()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from app import demo
 from app.settings import PoolSettings, Settings, TrainerSettings
+from tests.acceptance.training import served_as_trained
 from tests.integration.gateway import Gateway
 from tests.servers import MAX_LORA_RANK, ModelServer
 from tests.waiting import wait_until
@@ -111,6 +112,7 @@ def test_train_and_sample_without_another_step(gateway: Gateway, tink: Tink, mod
     assert losses[-1] < losses[0] / 2
     after = tink("sample", model_id=model_id, prompts=["The sea"], sampling_params=GREEDY)
     assert after["model"] == f"{model_id}@2"
+    served_as_trained(gateway.url, model_id)
     assert said(gateway, model_id) == SAID["content"]
     (sequence,) = after["sequences"]
     assert len(sequence["tokens"]) == len(sequence["logprobs"])

@@ -1,226 +1,41 @@
-"""The handler of single ops, on both databases, with a worker in memory that can be killed.
-
-The weights of the worker depend on every op and their order, so that one done twice, left out, or
-done after a failure that its client was told of shows in every version that follows.
-"""
+"""The handler of single ops, on both databases, with a worker in memory that can be killed."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.backends.base import BufferedBody, Reply
-from app.clock import SystemClock
-from app.control import adapters, pools, runs, train_ops
-from app.control.driver import Activator
+from app.control import runs, train_ops
 from app.control.train_ops import Asking, NewLora
-from app.db.blobs import FILES, AdapterStore
-from app.db.engine import Database
-from app.domain import BaseModel, Job, JobError, JobKind, JobStatus, Pool, Trainer, TrainerKind
+from app.domain import JobError, JobStatus, Pool, Trainer, TrainerKind
 from app.errors import (
     Conflict,
     InvalidRequest,
-    LoragateError,
     NoReplicaAvailable,
     NotFound,
     NotTrainable,
     TrainerUnavailable,
 )
-from app.handlers.train_op import KEPT_VERSIONS, TrainOp
+from app.handlers.train_op import KEPT_VERSIONS
 from app.jobs import queue
-from app.jobs.context import JobContext
-from app.jobs.queue import Flags, NewEvent
-from app.serving.snapshot import Snapshots
 from app.settings import Settings
-from app.training.run import TrainerHost
-from app.training.single_ops import FwdBwd, Optim, RemoveLora, Sample, Spec
-from tests.fakes.adapters import BASE_CONFIG, write_adapter
-from tests.fakes.training_worker import FakeWorker, unavailable
+from app.training.single_ops import RemoveLora, Spec
+from tests.fakes.training_worker import unavailable
+from tests.integration.train_ops_desk import (
+    ASKING,
+    BASE,
+    POOL,
+    Desk,
+    GatewayKilled,
+    desk,
+    fwdbwd,
+    optim,
+    sample,
+)
 
-BASE = "tiny"
-POOL = Pool("pool", BASE, BASE)
-TRAINER = Trainer("gpu", TrainerKind.HF, BASE, "http://nowhere", max_jobs=4)
-ASKING = Asking("key-1", "key-1")
-HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy!"}]
-
-
-class GatewayKilled(BaseException):
-    """The process of the gateway ends here."""
-
-
-class Context(JobContext):
-    """A context that tells of its transactions, before and after."""
-
-    trouble: Callable[[str], None] = staticmethod(lambda _: None)
-
-    async def heartbeat(self, events: Sequence[NewEvent] = (), progress: Any = None) -> Flags:
-        self.trouble("heartbeat")
-        return await super().heartbeat(events, progress)
-
-    @asynccontextmanager
-    async def ending(self) -> AsyncIterator[AsyncSession]:
-        async with super().ending() as session:
-            yield session
-            self.trouble("ending")
-        self.trouble("ended")
-
-
-class Sampler:
-    """Stands for the data plane: says which model it was asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.error: Exception | None = None
-
-    async def serve(self, request: Any, principal: Any, snapshot: Any) -> Reply:
-        if self.error is not None:
-            raise self.error
-        body = json.loads(request.body)
-        self.asked.append(body)
-        choice = {
-            "text": f" from {body['model']}",
-            "finish_reason": "stop",
-            "token_ids": [1, 2],
-            "logprobs": {"token_logprobs": [-0.5, -0.25]},
-        }
-        data = json.dumps({"choices": [choice] * len(body["prompt"])}).encode()
-        return Reply(200, [], BufferedBody(data))
-
-
-@dataclass
-class Desk:
-    """A gateway's rooms, without the gateway."""
-
-    db: Database
-    store: AdapterStore
-    worker: FakeWorker
-    settings: Settings = field(default_factory=lambda: Settings(trainer_patience_s=5.0))
-    clock: SystemClock = field(default_factory=SystemClock)
-    trainers: Mapping[str, Trainer] = field(default_factory=lambda: {TRAINER.name: TRAINER})
-    snapshots: Snapshots = field(default_factory=Snapshots)
-    request_path: Any = field(default_factory=Sampler)
-    fleet: Any = field(default_factory=lambda: SimpleNamespace(pools={}))
-    trouble: Callable[[str], None] = field(default=lambda _: None)
-
-    def __post_init__(self) -> None:
-        async def nothing() -> None:
-            """There is no data plane to tell."""
-
-        self.publish = Activator("publish", nothing, 60.0, self.clock)
-        self.handler = TrainOp(self, self.connect)
-
-    @asynccontextmanager
-    async def connect(self, trainer: Trainer) -> AsyncIterator[TrainerHost]:
-        assert trainer.name == TRAINER.name
-        yield self.worker
-
-    async def claim(self) -> Context | None:
-        async with self.db.begin() as session:
-            job = await queue.claim(
-                session,
-                self.clock,
-                capacities={None: 4, TRAINER.name: 4},
-                kinds=[JobKind.TRAIN_OP],
-                token="runner-1",
-                lease_s=60.0,
-            )
-        return None if job is None else Context(self.db, self.clock, job, 60.0)
-
-    async def run(self) -> None:
-        """Do every job that waits; a gateway that is killed at one starts again."""
-        while (context := await self.claim()) is not None:
-            context.trouble = self.trouble  # type: ignore[method-assign]
-            try:
-                await self.handler(context.job, context)
-            except GatewayKilled:
-                await self.expire(context.job.id)
-            except LoragateError as exc:  # the runner would try some again
-                await self.fail(context, JobError(exc.code, str(exc)))
-
-    async def fail(self, context: Context, error: JobError) -> None:
-        async with context.ending() as session:
-            await queue.fail(session, self.clock, context.lease, error)
-
-    async def expire(self, job_id: str) -> None:
-        async with self.db.begin() as session:
-            job = await queue.get(session, job_id)
-            if job.status is JobStatus.RUNNING:
-                lost = JobError("gateway_lost", "Lost.")
-                await queue.give_back(session, self.clock, queue.lease_of(job), lost, count=False)
-
-    async def done(self, job: Job) -> Mapping[str, Any]:
-        """What came of a job that had to succeed."""
-        await self.run()
-        ended = await self.get(job)
-        assert ended.status is JobStatus.SUCCEEDED, ended.error
-        return ended.result or {}
-
-    async def get(self, job: Job) -> Job:
-        async with self.db.read() as session:
-            return await queue.get(session, job.id)
-
-    async def add(self, **more: Any) -> str:
-        new = NewLora("base", rank=16, alpha=32, **more)
-        result = await self.done(await train_ops.add_lora(self, ASKING, POOL, new))
-        return str(result["model_id"])
-
-    async def op(self, spec: Spec) -> Mapping[str, Any]:
-        return await self.done(await train_ops.submit(self, ASKING, spec))
-
-    async def failed(self, spec: Spec) -> JobError:
-        job = await train_ops.submit(self, ASKING, spec)
-        await self.run()
-        ended = await self.get(job)
-        assert ended.status is JobStatus.FAILED
-        assert ended.error is not None
-        return ended.error
-
-    async def digests(self, name: str) -> list[tuple[int, str]]:
-        async with self.db.read() as session:
-            view = await adapters.show(session, name)
-        return [(version.number, version.digest) for version in view.versions]
-
-
-def fwdbwd(run: str, answer: str = "Ahoy!", **more: Any) -> FwdBwd:
-    return FwdBwd(run, [[HI[0], {"role": "assistant", "content": answer}]], **more)
-
-
-def optim(run: str, rate: float = 0.01) -> Optim:
-    return Optim(run, {"learning_rate": rate})
-
-
-def sample(run: str) -> Sample:
-    return Sample(run, ["Hello"], {"max_tokens": 4})
-
-
-def adapter_files(weights: str) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        seed = 0 if weights == "new" else int(weights[:8], 16)
-        written = write_adapter(Path(folder) / "a", seed=seed, rank=16)
-        return {name: (written / name).read_bytes() for name in FILES}
-
-
-async def new_desk(db: Database, folder: Path) -> Desk:
-    worker = FakeWorker()
-    worker.make_files = adapter_files
-    desk = Desk(db, AdapterStore(folder / "store", SystemClock()), worker)
-    async with db.begin() as session:
-        await pools.create(session, desk.clock, name="pool", base=BaseModel(BASE, BASE_CONFIG))
-    return desk
-
-
-@pytest.fixture
-async def desk(db: Database, tmp_path: Path) -> AsyncIterator[Desk]:
-    yield await new_desk(db, tmp_path)  # noqa: PT022
+__all__ = ["desk"]
 
 
 async def test_an_adapter_can_be_sampled_from_as_soon_as_it_is_made(desk: Desk) -> None:
@@ -332,6 +147,7 @@ async def test_a_loss_at_any_moment_changes_nothing(
     if not undisturbed:
         run = await script(desk)
         undisturbed += [digest for _, digest in await desk.digests(run)]
+    desk.forgives = 1  # what is not asked again at once is a matter of the next attempt
     desk.worker.trouble = trouble
     if what == "both":
         desk.trouble = trouble
@@ -440,6 +256,8 @@ async def test_the_same_request_again_is_the_same_job(desk: Desk) -> None:
     other = Asking("key-1", "key-1", "pass")
     passes = [await train_ops.submit(desk, other, fwdbwd(run)) for _ in range(2)]
     await desk.run()
+    await desk.op(optim(run))
+    assert await desk.payloads() == []
     passes.append(await train_ops.submit(desk, other, fwdbwd(run)))
     assert len({job.id for job in passes}) == 1
     assert [kind for _, _, kind in desk.worker.done].count("ForwardBackward") == 1
