@@ -78,6 +78,26 @@ def _conversation(subject: str) -> dict[str, Any]:
     return {"messages": [asked, {"role": "assistant", "content": f"Arr, {subject}! Aye, matey."}]}
 
 
+def stepped(gateway: Gateway) -> str:
+    """An adapter made, trained for a step and sampled from, each by one op of the Tink API."""
+
+    def ask(op: str, **body: Any) -> Any:
+        answer = gateway.client.post(f"/api/v1/{op}", json=body, timeout=TRAINS_WITHIN_S)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    model: str = ask("add_lora", rank=4, alpha=8, seed=7)["model_id"]
+    prompts = {"prompts": ["The sea"], "sampling_params": {"max_tokens": 4, "temperature": 0}}
+    assert ask("sample", model_id=model, **prompts)["model"] == f"{model}@1"
+    learned = [_conversation(subject) for subject in SUBJECTS[:BATCH]]
+    assert ask("fwdbwd", model_id=model, data=learned)["loss"] > 0
+    assert ask("optim", model_id=model, adam_params={"learning_rate": 2e-3})["step"] == 1
+    drawn = ask("sample", model_id=model, **prompts)
+    assert drawn["model"] == f"{model}@2"
+    assert len(drawn["sequences"][0]["tokens"]) == 4
+    return model
+
+
 def finished(gateway: Gateway, job: str) -> FineTuningJob:
     """The job, once it ended as it should."""
     jobs = gateway.openai_client().fine_tuning.jobs

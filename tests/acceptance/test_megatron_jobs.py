@@ -23,6 +23,7 @@ from tests.training_jobs import (
     gateway_with,
     logprobs_of,
     row_of,
+    stepped,
     steps_of,
     submit,
     verified,
@@ -95,6 +96,15 @@ def test_each_is_served_as_trained(megatron: Gateway, pair: list[FineTuningJob])
         found = logprobs_of(megatron, model)
         assert furthest(found.peft, found.trained) < 1e-4
         assert furthest(found.served, found.trained) < 1e-3
+
+
+@needs_megatron
+def test_single_ops_are_served_as_trained(megatron: Gateway) -> None:
+    model = stepped(megatron)
+    assert verified(megatron, model)
+    found = logprobs_of(megatron, model)
+    assert furthest(found.peft, found.trained) < 1e-4
+    assert furthest(found.served, found.trained) < 1e-3
 
 
 @needs_megatron

@@ -1,4 +1,6 @@
-"""What either trainer made, served by a real vLLM: the trainer's own logprobs, and PEFT's."""
+"""What either trainer made, by a job or by single ops, served by a real vLLM: the trainer's own
+logprobs, and PEFT's.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from tests.training_jobs import (
     gateway_with,
     logprobs_of,
     row_of,
+    stepped,
     submit,
     verified,
 )
@@ -50,12 +53,13 @@ async def test_served_by_vllm_as_trained(
         **environment,
     ) as gateway:
         job = submit(gateway, epochs=3)
-        model = finished(gateway, job).fine_tuned_model
+        tuned = finished(gateway, job).fine_tuned_model
         assert (await row_of(gateway, job)).trainer == TRAINERS[kind]
-        assert model is not None
-        assert chat(gateway, model)
-        assert verified(gateway, model)
-        found = logprobs_of(gateway, model)
-        assert furthest(found.served, found.trained) < 1e-3
-        assert furthest(found.served, found.peft) < 1e-3
+        assert tuned is not None
+        for model in (tuned, stepped(gateway)):
+            assert chat(gateway, model)
+            assert verified(gateway, model)
+            found = logprobs_of(gateway, model)
+            assert furthest(found.served, found.trained) < 1e-3
+            assert furthest(found.served, found.peft) < 1e-3
         forget(gateway)
