@@ -26,6 +26,7 @@ from tests.integration.fine_tuning import (
     worker,
 )
 from tests.integration.gateway import BASE, Gateway, Workbench
+from tests.integration.test_cli import Shell
 from tests.waiting import wait_until
 
 __all__ = ["gateway", "no_runner", "sdk", "worker"]
@@ -108,6 +109,8 @@ def test_a_model_whose_job_failed_is_its_checkpoints(
     ):
         with pytest.raises(openai.NotFoundError, match=told):
             call()
+    told = Shell(gateway.url).error("adapters", "probe", model, "--file", "none.json")
+    assert f"name one of its versions, {model}@1" in told
     assert sdk.models.delete(model).deleted
     for name in names:
         with pytest.raises(openai.NotFoundError, match="does not exist"):

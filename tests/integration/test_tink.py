@@ -233,6 +233,15 @@ def test_what_is_wrong_is_said(
     assert says in answer.json()["error"]["message"]
 
 
+def test_half_a_character_is_no_text(gateway: Gateway, model_id: str) -> None:
+    item = r'[{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "Hm."}]'
+    body = f'{{"model_id": "{model_id}", "data": [{item}]}}'
+    headers = {"content-type": "application/json"}
+    answer = gateway.client.post("/api/v1/fwdbwd", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert "data[0]: " in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("op", "body", "status"),
     [
