@@ -55,6 +55,7 @@ class Model:
     pause: bool = False
     attempts: int = 0
     allowed: int = MAX_ATTEMPTS
+    progressed: int = 0
     steps: list[int] = field(default_factory=list)
     statuses: list[str] = field(default_factory=lambda: [Q.value])
 
@@ -65,7 +66,7 @@ class Model:
             self.pause = False
 
     def let_go(self, *, count: bool) -> None:
-        self.allowed += not count
+        self.allowed += not count or self.progressed == self.attempts
         if self.cancel:
             self.becomes(C)
         elif self.pause:
@@ -125,6 +126,8 @@ class QueueMachine(RuleBasedStateMachine):
                 lock="trainer:single" if locked else None,
                 priority=priority,
                 max_attempts=MAX_ATTEMPTS,
+                # Not at random: the same draws must mean the same jobs.
+                id=f"job-{len(self.models):03}",
             )
         )
         self.models[job.id] = Model(job)
@@ -173,7 +176,9 @@ class QueueMachine(RuleBasedStateMachine):
         flags = self.write(lease, queue.heartbeat, lease_s=LEASE_S, events=events)
         if model is not None:
             assert flags == Flags(cancel=model.cancel, pause=model.pause)
-            model.steps += [step for step in dict.fromkeys(steps) if step not in model.steps]
+            new = [step for step in dict.fromkeys(steps) if step not in model.steps]
+            model.steps += new
+            model.progressed = model.attempts if new else model.progressed
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
