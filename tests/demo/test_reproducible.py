@@ -43,9 +43,7 @@ def torch_as_it_was() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def test_two_trainings_give_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_trainings_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = {name: STYLES[name] for name in ("pirate", "json")}
     monkeypatch.setattr("app.demo.train.STYLES", two)
     first, second = train(tmp_path / "a", TINY), train(tmp_path / "b", TINY)
