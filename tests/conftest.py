@@ -11,7 +11,6 @@ import asyncio
 import inspect
 import os
 from collections.abc import AsyncGenerator, Generator, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -41,8 +40,6 @@ settings.load_profile("shared machine")
 RUNNER = "asyncio_runner"
 #: A real vLLM takes its time to start on a busy machine; whichever test comes first pays it.
 STARTS_VLLM_S = 600
-ROOT = Path(__file__).parent
-LONGEST_FIRST = ("vllm", "acceptance", "worker", "demo", "contract")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,24 +67,6 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.fixturenames.insert(0, RUNNER)
     if item.get_closest_marker("vllm"):
         item.add_marker(pytest.mark.timeout(STARTS_VLLM_S))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests: one for a module, one for all of a real vLLM.
-
-    Those that take longest come first, or one process would end long after the others.
-    """
-    for item in items:
-        module = item.nodeid.partition("::")[0]
-        group = "vllm" if item.get_closest_marker("vllm") else module
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=_order)
-
-
-def _order(item: pytest.Item) -> int:
-    folder = item.path.relative_to(ROOT).parts[0]
-    return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
 @pytest.hookimpl(tryfirst=True)
