@@ -32,8 +32,27 @@ def demo_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-def test_readme(demo_gateway: Served) -> None:
-    """The model has learned what its examples have in common, not the examples."""
+@pytest.fixture(scope="module")
+def example(demo_gateway: Served) -> Iterator[subprocess.Popen[str]]:
+    """The example at work."""
+    argv = [sys.executable, "examples/fine_tune.py", "--url", demo_gateway.url]
+    with subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+def test_readme(demo_gateway: Served, example: subprocess.Popen[str]) -> None:
+    """The model has learned what its examples have in common, not the examples.
+
+    The example trains on the same worker meanwhile.
+    """
     (block,) = [block for block in blocks() if block.name == "train"]
     address = demo_gateway.url.removeprefix("http://")
     printed = block.run({"127.0.0.1:8080": address}, cwd=ROOT, env={})
@@ -52,18 +71,14 @@ def test_readme(demo_gateway: Served) -> None:
     served_as_trained(demo_gateway.url, model)
 
 
-def test_the_example(demo_gateway: Served, record_property: Callable[[str, object], None]) -> None:
-    done = subprocess.run(
-        [sys.executable, "examples/fine_tune.py", "--url", demo_gateway.url],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    *said, last = done.stdout.splitlines()
+def test_the_example(
+    demo_gateway: Served,
+    example: subprocess.Popen[str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    output, complaints = example.communicate(timeout=180)
+    assert example.returncode == 0, output + complaints
+    *said, last = output.splitlines()
     record_property("trained", last)
     found = re.fullmatch(r"held-out loss: ([\d.]+) before, ([\d.]+) after; trained in \d+ s", last)
     assert found is not None, last

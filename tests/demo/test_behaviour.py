@@ -44,12 +44,12 @@ def adapted() -> Any:
 
 @cache
 def questions() -> list[Exchange]:
-    return evaluate.held_out(40)
+    return evaluate.held_out(24)
 
 
 @cache
 def claims() -> list[Exchange]:
-    return evaluate.held_out(80, "claims")
+    return evaluate.held_out(40, "claims")
 
 
 def ask(name: str, asked: Sequence[str]) -> list[str]:
