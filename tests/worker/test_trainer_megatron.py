@@ -6,7 +6,7 @@ The demo model has three heads, so two tensor-parallel ranks pad it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -28,10 +27,21 @@ from transformers import (
 )
 
 from app.errors import InvalidRequest, NonFiniteLoss, RunLost
-from app.ops import Loss, OptimStep
+from app.ops import Loss
 from app.settings import Settings
 from app.worker.trainers.base import Example, Pass
 from app.worker.trainers.hf import HfTrainer
+from tests.worker.megatron_checks import (
+    STATE,
+    STEP,
+    agree,
+    close,
+    flat,
+    learn,
+    rows,
+    vectors,
+    weighted,
+)
 from tests.worker.megatron_lab import Lab
 from tests.worker.trainees import DEMO, examples, logprobs, peft, spec, trainer
 
@@ -48,8 +58,6 @@ LAYOUTS: dict[str, dict[str, object]] = {
 }
 #: A few batches, of which some have one sequence and some have several.
 SETTINGS = {"worker_model": DEMO, "worker_train_tokens": 64}
-STEP = OptimStep(5e-3, weight_decay=0.1, grad_clip_norm=1.0)
-STATE = "state.safetensors"
 
 Labs = Callable[[str], Lab]
 
@@ -75,31 +83,6 @@ def given() -> list[Example]:
     return weighted(examples(3, (40, 13, 70, 25, 12, 33), vocabulary=2048))
 
 
-def weighted(given: list[Example]) -> list[Example]:
-    """The sum of their weights is 1, so that tolerances are those of a mean."""
-    total = sum(float(example.weights.sum()) for example in given)
-    return [replace(example, weights=example.weights / total) for example in given]
-
-
-def vectors(trainer: Any, run: str, folder: Path) -> dict[str, Tensor]:
-    """What a state holds; both engines write the same."""
-    folder.mkdir()
-    trainer.save_state(run, folder)
-    return load_file(folder / STATE)
-
-
-def rows(given: Sequence[Example]) -> list[list[int]]:
-    return [[*example.tokens.tolist(), int(example.targets[-1])] for example in given]
-
-
-def close(found: object, wanted: object, tolerance: float) -> None:
-    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
-
-
-def flat(logprobs: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor([value for row in logprobs for value in row])
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_new_run_is_the_base(layout: str, labs: Labs, given: list[Example]) -> None:
     lab = labs(layout)
@@ -119,27 +102,8 @@ def test_a_new_run_is_the_base(layout: str, labs: Labs, given: list[Example]) ->
 def test_loss_and_gradient_are_those_of_the_other_trainer(
     layout: str, loss: Loss, labs: Labs, given: list[Example], tmp_path: Path
 ) -> None:
-    lab, (other, _) = labs(layout), trainer(DEMO)
-    task = Pass("r", given, loss)
-    other.create("r", spec(7))
-    # Away from the start, where B is zero and the gradient of A is too.
-    other.optim_step("r", OptimStep(0.0))
-    other.forward_backward([Pass("r", given)])
-    other.optim_step("r", STEP)
-    vectors(other, "r", tmp_path / "state")
-    lab.create("r", spec(8))
-    lab.load_state("r", tmp_path / "state", optimizer=True)
-    found, wanted = lab.forward_backward([task])[0], other.forward_backward([task])[0]
-    assert found.metrics.keys() == wanted.metrics.keys()
-    for name in found.metrics.keys() - {"seconds:max"}:
-        close(found.metrics[name], wanted.metrics[name], 1e-4)
-    for mine, theirs in zip(found.logprobs, wanted.logprobs, strict=True):
-        close(mine, theirs, 1e-4)
-    mine, theirs = vectors(lab, "r", tmp_path / "a"), vectors(other, "r", tmp_path / "b")
-    assert theirs["gradient"].abs().max() > 1e-3
-    for kind in theirs:
-        close(mine[kind], theirs[kind], 1e-4)
-    lab.drop("r")
+    other, _ = trainer(DEMO)
+    agree(labs(layout), other, given, loss, tmp_path)
 
 
 def test_first_weights_depend_on_the_seed_alone(labs: Labs, tmp_path: Path) -> None:
@@ -151,14 +115,6 @@ def test_first_weights_depend_on_the_seed_alone(labs: Labs, tmp_path: Path) -> N
         found = vectors(labs(layout), "r", tmp_path / layout)["weights"]
         assert torch.equal(found, wanted)
         labs(layout).drop("r")
-
-
-def learn(lab: Lab, run: str, given: list[Example], steps: int) -> list[float]:
-    found = []
-    for _ in range(steps):
-        found.append(lab.forward_backward([Pass(run, given)])[0].metrics["loss:sum"])
-        lab.optim_step(run, STEP)
-    return found
 
 
 def test_ten_steps_are_the_same_on_every_layout_and_in_peft(
@@ -311,9 +267,10 @@ def test_activations_and_logits_computed_twice_give_the_same(
         lab.forward_backward([Pass("r", given)])
         found[name] = vectors(lab, "r", tmp_path / name)["gradient"]
         lab.drop("r")
+        model = "_team.engine.base.model"
         for layer in range(6):
-            lab.ask(f"_team.engine.model.decoder.layers.{layer}.__setattr__", "recompute", True)
-        lab.ask("_team.engine.model.__setattr__", "logits_max", 10 * 2048)
+            lab.ask(f"{model}.decoder.layers.{layer}.__setattr__", "recompute", True)
+        lab.ask(f"{model}.head.__setattr__", "logits_max", 10 * 2048)
     close(found["twice"], found["once"], 1e-6)
 
 

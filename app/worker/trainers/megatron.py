@@ -53,8 +53,8 @@ class MegatronTrainer:
         self._facts = Facts(
             kind="megatron",
             dtype=plan.dtype,
-            max_length=engine.shapes.max_length,
-            target_modules=engine.adapted.kinds,
+            max_length=engine.base.max_length,
+            target_modules=engine.adapters.kinds,
             parallel={"tp": plan.tp, "pp": plan.pp, "dp": plan.dp},
         )
 
@@ -89,7 +89,7 @@ class MegatronTrainer:
         return self._facts
 
     def create(self, run: str, spec: LoraSpec) -> None:
-        layout = self._team.engine.adapted.layout(spec)
+        layout = self._team.engine.adapters.layout(spec)
         self._team.call("create", run, layout, spec.seed)
         self._layouts[run] = layout
 
@@ -138,14 +138,15 @@ class MegatronTrainer:
 
     def _whole(self, run: str, kinds: Sequence[str]) -> dict[str, Tensor]:
         """Whole vectors of a run by kind: the same whatever the layout of ranks."""
-        layout, cut = self._layouts[run], self._team.engine.adapted.cut
+        layout = self._layouts[run]
+        cuts = self._team.engine.adapters.cuts(layout)
         parts = self._team.call("pieces", run, kinds)
         whole = {kind: torch.zeros(layout.size) for kind in kinds}
         for kind, vector in whole.items():
             for name, tensor in layout.tensors(vector):
                 # The ranks that have a piece of it follow each other in the order of the pieces.
                 pieces = [part[kind][name] for part in parts if name in part.get(kind, ())]
-                tensor.copy_(cut(name).whole(pieces))
+                tensor.copy_(cuts[name].whole(pieces))
         return whole
 
     def _pass(self, asked: Pass) -> PassResult | RequestError:

@@ -27,11 +27,11 @@ from app.worker.trainers.base import Example, Pass, PassResult
 from app.worker.trainers.lora import Layout
 from app.worker.trainers.megatron_batches import batches, deal
 from app.worker.trainers.megatron_core import parallel_state
+from app.worker.trainers.megatron_core_base import CoreBase
 from app.worker.trainers.megatron_groups import Ranks
 from app.worker.trainers.megatron_launch import Plan
-from app.worker.trainers.megatron_lora import Adapted, Local
-from app.worker.trainers.megatron_model import build
 from app.worker.trainers.megatron_stage import Stage, Through
+from app.worker.trainers.megatron_vectors import Adapters, Local
 
 #: One rank's part of a run: by kind, then by tensor.
 Pieces = dict[str, dict[str, Tensor]]
@@ -41,9 +41,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Run:
-    """One run's part on this rank: vectors of one length, float32; `layout` is of the whole."""
+    """One run's part on this rank: vectors of one length, float32."""
 
-    layout: Layout
     local: Local
     weights: Tensor
     gradient: Tensor
@@ -83,22 +82,22 @@ class Engine:
         if self.device.type == "cuda":
             # cuDNN plans its attention anew for every shape, and every pass has another one.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self.model, self.shapes = build(
+        self.base = CoreBase(
             Path(plan.folder), DTYPES[plan.dtype], self.device, recompute=plan.recompute
         )
-        self.adapted = Adapted(self.model, self.shapes)
-        self.stage = Stage(self.model, self.device, DTYPES[plan.dtype], self.shapes.hidden)
+        self.adapters = Adapters(self.base, plan.tp)
+        self.stage = Stage(self.base, self.device, DTYPES[plan.dtype])
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-        self.speaks = self.tensor_rank == 0 and self.model.post_process
+        self.speaks = self.tensor_rank == 0 and self.base.last
         self._runs: dict[str, Run] = {}
         self._resident: str | None = None
 
     def create(self, run: str, layout: Layout, seed: int) -> None:
         """Make a run."""
-        local = self.adapted.local(layout)
+        local = self.adapters.local(layout)
         weights, gradient, mean, square = (torch.zeros(local.size) for _ in range(4))
-        self._runs[run] = Run(layout, local, weights, gradient, Moments(mean, square))
-        self._fill(run, weights, layout.first_weights(seed))
+        self._runs[run] = Run(local, weights, gradient, Moments(mean, square))
+        local.fill(weights, layout.first_weights(seed), self.tensor_rank, self.plan.tp)
 
     def drop(self, run: str) -> None:
         """Forget a run."""
@@ -177,12 +176,7 @@ class Engine:
         for kind, vector in kept.vectors().items():
             vector.zero_()
             if kind in vectors:
-                self._fill(run, vector, vectors[kind])
-
-    def _fill(self, run: str, vector: Tensor, whole: Tensor) -> None:
-        kept = self._runs[run]
-        tensors = dict(kept.layout.tensors(whole))
-        kept.local.fill(vector, tensors, self.tensor_rank, self.shapes.ranks)
+                kept.local.fill(vector, vectors[kind], self.tensor_rank, self.plan.tp)
 
     def _take(self, run: str) -> Run:
         """The run, on the device; the one that was there goes to the CPU."""
@@ -204,7 +198,7 @@ class Engine:
         except torch.OutOfMemoryError:
             share = Share(out_of_memory=True)
         finally:
-            self.adapted.active.clear()
+            self.base.bare()
         if share.out_of_memory:
             # Not before here: the exception holds on to what the pass had.
             torch.cuda.empty_cache()
@@ -241,10 +235,10 @@ class Engine:
         examples = [asked.examples[index] for index in indices]
         reference = None
         if asked.loss == "dpo":
-            self.adapted.active.clear()
+            self.base.bare()
             with torch.no_grad():
                 reference = self.stage.forward(examples).output
-        self.adapted.active.set(run.local, run.weights, gradient)
+        self.base.wear(run.local, run.weights, gradient)
         with torch.set_grad_enabled(gradient is not None):
             through = self.stage.forward(examples)
             if through.correct is None:

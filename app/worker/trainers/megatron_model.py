@@ -12,14 +12,12 @@ this rank.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -29,8 +27,8 @@ from app.worker.trainers.megatron_core import (
     TransformerLayer,
     get_gpt_layer_local_spec,
     parallel_state,
-    vocab_parallel_cross_entropy,
 )
+from app.worker.trainers.megatron_head import Head, twice
 from app.worker.trainers.megatron_packing import PackedAttention
 from app.worker.trainers.megatron_shapes import Shapes, shapes
 from app.worker.trainers.megatron_weights import Weights
@@ -47,7 +45,7 @@ class Layer(TransformerLayer):  # type: ignore[misc]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.recompute and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
-        return _twice(super().forward, *args, **kwargs)
+        return twice(super().forward, *args, **kwargs)
 
 
 class CausalModel(GPTModel):  # type: ignore[misc]
@@ -55,12 +53,9 @@ class CausalModel(GPTModel):  # type: ignore[misc]
     gives the last stage (logprobs float32 [n], correct bool [n]), the others hidden states.
     """
 
-    #: Logits of one slice are kept under this many numbers (256 MiB as float32).
-    logits_max = 1 << 26
-
     def prepare(self, shapes: Shapes, inverse_frequencies: Tensor) -> None:
         """What GPTModel's constructor does not take."""
-        self.valid = shapes.vocabulary
+        self.head = Head(shapes.vocabulary)
         self.frequencies = torch.cat([inverse_frequencies, inverse_frequencies])
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
@@ -72,53 +67,12 @@ class CausalModel(GPTModel):  # type: ignore[misc]
         return (hidden, angles[:, None, None, :], *others)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, **_: object) -> Any:
-        """A vocabulary times a long batch is more than all the layers: logits are made a slice
-        of tokens at a time, and again on the way back.
-        """
         if not self.post_process:
             return hidden_states
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        size = max(1, self.logits_max // self.output_layer.output_size_per_partition)
-        parts = []
-        for start in range(0, len(hidden_states), size):
-            piece = hidden_states[start : start + size]
-            wanted = labels[0, start : start + size]
-            if len(piece) == len(hidden_states):
-                return self._logprobs(piece, wanted, weight)
-            parts.append(_twice(self._logprobs, piece, wanted, weight))
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-    def _logprobs(
-        self, hidden: Tensor, targets: Tensor, weight: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        logits = self.output_layer(hidden, weight=weight)[0][:, 0]
-        mine = logits.shape[-1]
-        first = parallel_state.get_tensor_model_parallel_rank() * mine
-        if first + mine > self.valid:
-            kept = max(0, self.valid - first)
-            logits = functional.pad(logits[:, :kept], [0, mine - kept], value=float("-inf"))
-        correct = _likeliest(logits.detach(), first) == targets
-        # Megatron computes in place what it is given in float32.
-        losses = vocab_parallel_cross_entropy(logits.float().unsqueeze(1), targets.unsqueeze(1))
-        return -losses[:, 0], correct
-
-
-def _twice(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Its result; what the gradient needs of it is computed again when it is needed."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _likeliest(logits: Tensor, first: int) -> Tensor:
-    """The token of the greatest logit over all ranks, the lowest where several are equal."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    top, index = logits.max(-1)
-    greatest = top.clone()
-    torch.distributed.all_reduce(greatest, torch.distributed.ReduceOp.MAX, group)
-    index = torch.where(top == greatest, index + first, torch.iinfo(index.dtype).max)
-    torch.distributed.all_reduce(index, torch.distributed.ReduceOp.MIN, group)
-    return index
+        return self.head.logprobs(hidden_states, labels[0], self.output_layer, weight)
 
 
 def build(

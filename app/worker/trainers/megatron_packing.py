@@ -52,6 +52,7 @@ class Packed:
 
     ids: Tensor
     positions: Tensor
+    lengths: tuple[int, ...]
     blocks: tuple[Block, ...]
 
 
@@ -62,6 +63,7 @@ def pack(sequences: Sequence[Tensor], device: torch.device) -> Packed:
     return Packed(
         torch.cat(list(sequences)).to(device),
         positions.to(device),
+        tuple(lengths),
         tuple(_blocks(lengths, device)),
     )
 

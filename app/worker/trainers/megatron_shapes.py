@@ -57,6 +57,13 @@ class Cut:
         zeros = [0, 0] * (whole.dim() - 1 - self.dim) + [0, self.padded - self.size]
         return functional.pad(whole, zeros).chunk(ranks, self.dim)[rank].contiguous()
 
+    def shape(self, whole: tuple[int, int], ranks: int) -> tuple[int, int]:
+        """What of a matrix's shape each of the ranks has."""
+        mine = list(whole)
+        if self.dim is not None:
+            mine[self.dim] = self.padded // ranks
+        return mine[0], mine[1]
+
     def whole(self, pieces: Sequence[Tensor]) -> Tensor:
         """The pieces of all ranks put together, without the zeros behind them."""
         if self.dim is None:

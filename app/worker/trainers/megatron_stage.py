@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from app.worker.trainers.base import Example
+from app.worker.trainers.megatron_base import Base
 from app.worker.trainers.megatron_core import parallel_state
 from app.worker.trainers.megatron_packing import pack
 
@@ -42,11 +43,10 @@ class Through:
 class Stage:
     """This rank's layers and its neighbours'."""
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, hidden: int) -> None:
-        self.model, self.device, self.dtype, self.hidden = model, device, dtype, hidden
+    def __init__(self, base: Base, device: torch.device, dtype: torch.dtype) -> None:
+        self.base, self.device, self.dtype = base, device, dtype
         self.count = parallel_state.get_pipeline_model_parallel_world_size()
         self.round = 1 if self.count == 1 else DEPTH * self.count
-        self.first, self.last = model.pre_process, model.post_process
         self._sent: list[tuple[Any, Tensor]] = []
 
     def forward(self, examples: Sequence[Example]) -> Through:
@@ -56,23 +56,22 @@ class Stage:
         packed = pack([examples[index].tokens for index in order], self.device)
         targets = torch.cat([examples[index].targets for index in order]).to(self.device)
         taken = None
-        if not self.first:
+        if not self.base.first:
             taken = self._receive(
                 len(targets), parallel_state.get_pipeline_model_parallel_prev_rank()
-            )
-            self.model.set_input_tensor(taken.requires_grad_(torch.is_grad_enabled()))
-        output = self.model(packed.ids[None], packed.positions[None], packed, labels=targets[None])
-        if not self.last:
-            self._send(output.detach(), parallel_state.get_pipeline_model_parallel_next_rank())
-            return Through(taken, output)
-        logprobs, correct = output
+            ).requires_grad_(torch.is_grad_enabled())
+        found = self.base.forward(packed, targets, taken)
+        if isinstance(found, Tensor):
+            self._send(found.detach(), parallel_state.get_pipeline_model_parallel_next_rank())
+            return Through(taken, found)
+        logprobs, correct = found
         sizes = [lengths[index] for index in order]
         back = sorted(range(len(order)), key=order.__getitem__)
         return Through(taken, _reordered(logprobs, sizes, back), _reordered(correct, sizes, back))
 
     def backward(self, through: Through, loss: Tensor | None) -> None:
         """The same batch back; `loss` on the last stage."""
-        if self.last and loss is not None:
+        if self.base.last and loss is not None:
             torch.autograd.backward(loss)
         else:
             gradient = self._receive(
@@ -98,7 +97,7 @@ class Stage:
         self._sent.append((dist.isend(values, rank), values))
 
     def _receive(self, tokens: int, rank: int) -> Tensor:
-        values = torch.empty(tokens, 1, self.hidden, device=self.device, dtype=self.dtype)
+        values = torch.empty(tokens, 1, self.base.hidden, device=self.device, dtype=self.dtype)
         dist.recv(values, rank)
         return values
 
