@@ -92,7 +92,7 @@ def lead(plan: Plan, launched: Launched | None) -> Team:
     """Become rank 0 and have the model on all ranks: those that were launched, or torchrun's.
 
     Raises:
-        ConfigurationError: the model's folder lacks a weight.
+        ConfigurationError: a model that the engine cannot have; the groups are gone again.
         TrainerUnavailable: a rank that was launched ended before it joined.
     """
     given = TorchrunSettings()
@@ -109,7 +109,13 @@ def lead(plan: Plan, launched: Launched | None) -> Team:
         dist.init_process_group(_backend(plan.device), timeout=COLLECTIVE_TIMEOUT)
     dist.broadcast_object_list([plan], src=0)
     ranks = Ranks(plan, 0, given.local_rank)
-    team = Team(ranks, Engine(plan, ranks), launched.children if launched else ())
+    try:
+        engine = Engine(plan, ranks)
+    except ConfigurationError:
+        # The others have the same error, and leave.
+        ranks.leave()
+        raise
+    team = Team(ranks, engine, launched.children if launched else ())
     team.watch()
     ranks.gather()
     return team
