@@ -210,6 +210,11 @@ class Settings(BaseSettings):
     worker_trainer: Literal["off", "hf", "megatron"] = Field(
         "hf", description="Which engine the worker trains with, if any."
     )
+    worker_megatron_engine: Literal["core", "bridge"] = Field(
+        "core",
+        description="Megatron: Megatron-Core alone, or with Megatron-Bridge, which knows more "
+        "models and needs Transformer Engine.",
+    )
     worker_state_dir: Path | None = Field(
         None,
         description="Where the worker keeps the states of its runs; `runs` in the data folder when "

@@ -115,9 +115,10 @@ def pytest_fixture_setup(
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Let the tests that miss a vLLM share one line of the summary: same place, same reason."""
+    """Let tests that miss the same share one line of the summary: same place, same reason."""
     report = yield
-    if report.skipped and item.get_closest_marker("vllm") and isinstance(report.longrepr, tuple):
+    needy = item.get_closest_marker("vllm") or item.get_closest_marker("bridge")
+    if report.skipped and needy and isinstance(report.longrepr, tuple):
         report.longrepr = ("tests/servers.py", 0, report.longrepr[2])
     return report
 

@@ -175,6 +175,20 @@ def vllm_python() -> str:
     return str(python)
 
 
+def bridge_python() -> str:
+    """The Python of a Megatron-Bridge. Without one the test is skipped; not in CI.
+
+    `none` says that there cannot be one.
+    """
+    named = os.environ.get("LORAGATE_TEST_BRIDGE_PYTHON")
+    if named == "none":
+        pytest.skip("no Megatron-Bridge: LORAGATE_TEST_BRIDGE_PYTHON is none")
+    python = Path(named) if named else ROOT / ".venv-bridge" / "bin" / "python"
+    if not python.exists():
+        _without(f"no Megatron-Bridge: {python} does not exist (`make bridge` installs one)")
+    return str(python)
+
+
 def _plugin_is_current(python: str) -> bool:
     find = "import importlib.util as u; print(u.find_spec('loragate_vllm').origin)"
     found = subprocess.run([python, "-c", find], capture_output=True, text=True, check=False)

@@ -6,16 +6,19 @@ because Megatron has one parallel state for each.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from app.errors import LoragateError
 from app.settings import Settings
@@ -33,7 +36,12 @@ class Lab:
     """
 
     def __init__(
-        self, folder: Path, *, launcher: Sequence[str] = PYTHON, **settings: object
+        self,
+        folder: Path,
+        *,
+        launcher: Sequence[str] = PYTHON,
+        env: Mapping[str, str] = MappingProxyType({}),
+        **settings: object,
     ) -> None:
         values = {"worker_device": "cpu", **settings}
         with Listener(str(folder / "lab")) as listener:
@@ -41,30 +49,28 @@ class Lab:
             with self.log.open("wb") as log:
                 self.process = subprocess.Popen(
                     [*launcher, NAME, str(listener.address), json.dumps(values, default=str)],
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **env},
                     stdout=log,
                     stderr=log,
                 )
             self._connection = listener.accept()
-        self._begun()
-
-    def again(self, **settings: object) -> None:
-        """Another trainer in the same process, once the last is closed."""
-        self._connection.send_bytes(pickle.dumps({"worker_device": "cpu", **settings}))
-        self._begun()
-
-    def _begun(self) -> None:
         try:
             self._answer()
         except LoragateError:
+            self._connection.close()
             self.process.wait(30)
             raise
+
+    def again(self, **settings: object) -> None:
+        """Another trainer in the same process, once the last is closed or refused to start."""
+        self._connection.send_bytes(packed({"worker_device": "cpu", **settings}))
+        self._answer()
 
     def __getattr__(self, method: str) -> Any:
         return lambda *args, **kwargs: self.ask(method, *args, **kwargs)
 
     def ask(self, path: str, *args: object, **kwargs: object) -> Any:
-        self._connection.send_bytes(pickle.dumps((path, args, kwargs)))
+        self._connection.send_bytes(packed((path, args, kwargs)))
         return self._answer()
 
     def end(self) -> int:
@@ -74,10 +80,21 @@ class Lab:
         return self.process.wait(30)
 
     def _answer(self) -> Any:
-        answer = pickle.loads(self._connection.recv_bytes())
+        answer = unpacked(self._connection.recv_bytes())
         if isinstance(answer, LoragateError):
             raise answer
         return answer
+
+
+def packed(answer: object) -> bytes:
+    """Not by pickle alone: Megatron has tensors pickled so that only Megatron can read them."""
+    buffer = io.BytesIO()
+    torch.save(answer, buffer)
+    return buffer.getvalue()
+
+
+def unpacked(answer: bytes) -> Any:
+    return torch.load(io.BytesIO(answer), weights_only=False)
 
 
 def main(address: str, values: str) -> None:
@@ -91,23 +108,28 @@ def main(address: str, values: str) -> None:
             try:
                 _serve(connection, Settings(**given))
             except LoragateError as exc:
-                connection.send_bytes(pickle.dumps(exc))
-                return
-            given = pickle.loads(connection.recv_bytes())
+                connection.send_bytes(packed(exc))
+            given = unpacked(connection.recv_bytes())
+            # What Megatron chose for the last model's attention, and would insist on.
+            for name in [name for name in os.environ if name.startswith("NVTE_")]:
+                del os.environ[name]
 
 
 def _serve(connection: Any, settings: Settings) -> None:
     """One trainer, until it is closed."""
     assert settings.worker_model is not None
     trainer = MegatronTrainer.start(settings, settings.worker_model)
-    connection.send_bytes(pickle.dumps(None))
+    connection.send_bytes(packed(None))
     path = ""
     while path != "close":
-        path, args, kwargs = pickle.loads(connection.recv_bytes())
-        connection.send_bytes(pickle.dumps(_do(trainer, path, args, kwargs)))
+        path, args, kwargs = unpacked(connection.recv_bytes())
+        connection.send_bytes(packed(_do(trainer, path, args, kwargs)))
 
 
 def _do(trainer: Any, path: str, args: Any, kwargs: Any) -> Any:
+    if path == "exported_by_bridge":
+        base = trainer._team.engine.base
+        return dict(base.bridge.export_adapter_weights([base.model], show_progress=False))
     target = trainer
     for part in path.split("."):
         target = getattr(target, part)

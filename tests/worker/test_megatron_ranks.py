@@ -137,3 +137,23 @@ def test_without_megatron_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("app.worker.trainers.megatron.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"loragate\[megatron\]"):
         MegatronTrainer.start(Settings(), DEMO)
+
+
+def test_without_transformer_engine_bridge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> object:
+        return None if name == "transformer_engine" else name
+
+    monkeypatch.setattr("app.worker.trainers.megatron.find_spec", find)
+    with pytest.raises(ConfigurationError, match=r"ENGINE=bridge needs NVIDIA's Transformer Engin"):
+        MegatronTrainer.start(Settings(worker_megatron_engine="bridge"), DEMO)
+
+
+def test_what_ranks_cannot_share_bridge_does_not_pad() -> None:
+    def planned(**layout: int) -> None:
+        plan(Settings(worker_megatron_engine="bridge", worker_device="cpu", **layout), DEMO)
+
+    planned(worker_tensor_parallel=1, worker_data_parallel=2)
+    with pytest.raises(ConfigurationError, match=r"heads 3, which 2.*TENSOR_PARALLEL.*ENGINE=core"):
+        planned(worker_tensor_parallel=2)
+    with pytest.raises(ConfigurationError, match=r"PIPELINE_PARALLEL is 2.*ENGINE=core"):
+        planned(worker_pipeline_parallel=2)

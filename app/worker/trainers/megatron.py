@@ -32,7 +32,7 @@ from app.worker.trainers import runfiles
 from app.worker.trainers.base import Facts, Pass, PassResult
 from app.worker.trainers.lora import Layout
 from app.worker.trainers.megatron_launch import Plan, launch
-from app.worker.trainers.megatron_shapes import shapes
+from app.worker.trainers.megatron_shapes import check_shared, shapes
 
 if TYPE_CHECKING:
     # Not before `start`: the worker of another engine has no Megatron.
@@ -40,6 +40,14 @@ if TYPE_CHECKING:
 
 #: The vectors of a run that its state holds.
 KINDS = ("weights", "gradient", "exp_avg", "exp_avg_sq")
+
+
+_IMAGE = "use an image that has it, as NVIDIA NeMo's, set LORAGATE_WORKER_MEGATRON_ENGINE=core"
+_CORE = ("megatron.core", "Megatron-Core", "pip install 'loragate[megatron]'")
+_BRIDGE = ("megatron.bridge", "Megatron-Bridge", _IMAGE)
+_LAYERS = ("transformer_engine.pytorch", "NVIDIA's Transformer Engine", _IMAGE)
+#: Module, its name, and how to have it, by engine.
+_NEEDED = {"core": (_CORE,), "bridge": (_CORE, _BRIDGE, _LAYERS)}
 
 
 class MegatronTrainer:
@@ -70,7 +78,7 @@ class MegatronTrainer:
             ConfigurationError: what the settings ask for cannot be had; the message names them.
             TrainerUnavailable: a rank did not start.
         """
-        _require()
+        _require(settings)
         wanted = plan(settings, folder)
         given = TorchrunSettings()
         if given.world_size not in (None, wanted.ranks):
@@ -177,9 +185,15 @@ def plan(settings: Settings, folder: Path) -> Plan:
             "scaling its losses; it knows float32 and bfloat16."
         )
     tp, pp = settings.worker_tensor_parallel, settings.worker_pipeline_parallel
+    engine = settings.worker_megatron_engine
     # Here already: it would be a pity to start ranks for a model they cannot have.
-    shapes(AutoConfig.from_pretrained(folder, local_files_only=True), folder, tp, pp)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if engine == "bridge":
+        check_shared(config, folder, tp, pp)
+    else:
+        shapes(config, folder, tp, pp)
     return Plan(
+        engine=engine,
         folder=str(folder),
         device=device,
         dtype=dtype,
@@ -201,15 +215,24 @@ def device_of(settings: Settings) -> str:
 
 def follow(settings: Settings) -> bool:
     """Under torchrun, be one of the other ranks until rank 0 ends. False: this is rank 0."""
-    _require()
+    _require(settings)
     from app.worker.trainers import megatron_ranks
 
     return megatron_ranks.follow(device_of(settings))
 
 
-def _require() -> None:
-    if find_spec("megatron") is None or find_spec("megatron.core") is None:
-        raise ConfigurationError(
-            "LORAGATE_WORKER_TRAINER=megatron needs Megatron-Core, which is not installed: "
-            "pip install 'loragate[megatron]', or set LORAGATE_WORKER_TRAINER=hf."
-        )
+def _require(settings: Settings) -> None:
+    """Refuse what is not installed."""
+    for module, what, way in _NEEDED[settings.worker_megatron_engine]:
+        if not _installed(module):
+            raise ConfigurationError(
+                f"LORAGATE_WORKER_TRAINER=megatron with LORAGATE_WORKER_MEGATRON_ENGINE="
+                f"{settings.worker_megatron_engine} needs {what}, which is not installed: {way}, "
+                "or set LORAGATE_WORKER_TRAINER=hf."
+            )
+
+
+def _installed(module: str) -> bool:
+    """Whether a module can be found, without importing it."""
+    package = module.rpartition(".")[0]
+    return (not package or _installed(package)) and find_spec(module) is not None

@@ -6,7 +6,11 @@ modules use, so that this list is what an upgrade has to keep. It must not know:
 
 from __future__ import annotations
 
+import logging
 import warnings
+
+# It tells at length, and once for each of its modules, what it found and what it was given.
+logging.getLogger("megatron").setLevel(logging.ERROR)
 
 with warnings.catch_warnings():
     # Neither Transformer Engine nor apex is wanted, and it says so once for each of its modules.

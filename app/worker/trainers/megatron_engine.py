@@ -25,9 +25,9 @@ from app.worker import losses
 from app.worker.trainers.adamw import Moments, adamw, clip
 from app.worker.trainers.base import Example, Pass, PassResult
 from app.worker.trainers.lora import Layout
+from app.worker.trainers.megatron_base import Base
 from app.worker.trainers.megatron_batches import batches, deal
 from app.worker.trainers.megatron_core import parallel_state
-from app.worker.trainers.megatron_core_base import CoreBase
 from app.worker.trainers.megatron_groups import Ranks
 from app.worker.trainers.megatron_launch import Plan
 from app.worker.trainers.megatron_stage import Stage, Through
@@ -82,9 +82,7 @@ class Engine:
         if self.device.type == "cuda":
             # cuDNN plans its attention anew for every shape, and every pass has another one.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self.base = CoreBase(
-            Path(plan.folder), DTYPES[plan.dtype], self.device, recompute=plan.recompute
-        )
+        self.base = _base(plan, self.device)
         self.adapters = Adapters(self.base, plan.tp)
         self.stage = Stage(self.base, self.device, DTYPES[plan.dtype])
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -271,3 +269,16 @@ class Engine:
         total = torch.linalg.vector_norm(mine, dtype=torch.float64).square()
         dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
         return math.sqrt(total.item())
+
+
+def _base(plan: Plan, device: torch.device) -> Base:
+    """This rank's part of the plan's model, in the engine it names."""
+    folder, dtype = Path(plan.folder), DTYPES[plan.dtype]
+    # Either alone: one must be there without what the other needs.
+    if plan.engine == "bridge":
+        from app.worker.trainers.megatron_bridge_base import BridgeBase
+
+        return BridgeBase(folder, dtype, device, recompute=plan.recompute)
+    from app.worker.trainers.megatron_core_base import CoreBase
+
+    return CoreBase(folder, dtype, device, recompute=plan.recompute)

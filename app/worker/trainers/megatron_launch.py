@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch._C._distributed_c10d import TCPStore
@@ -28,6 +29,7 @@ JOIN_TIMEOUT_S = 120.0
 class Plan:
     """What every rank must agree on."""
 
+    engine: Literal["core", "bridge"]
     folder: str
     device: str
     dtype: str

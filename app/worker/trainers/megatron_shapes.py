@@ -159,6 +159,27 @@ def shapes(config: Any, folder: Path, ranks: int, stages: int) -> Shapes:
     )
 
 
+def check_shared(config: Any, folder: Path, ranks: int, stages: int) -> None:
+    """Whether ranks can share a model as it is, where nothing is padded.
+
+    Raises:
+        ConfigurationError: they cannot; the message names the setting.
+    """
+    if stages > 1:
+        raise ConfigurationError(
+            f"LORAGATE_WORKER_PIPELINE_PARALLEL is {stages}, and with Megatron-Bridge only 1 is "
+            "supported. Set LORAGATE_WORKER_TENSOR_PARALLEL, LORAGATE_WORKER_DATA_PARALLEL or "
+            "LORAGATE_WORKER_MEGATRON_ENGINE=core."
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(config, name, None)) is not None and size % ranks:
+            raise ConfigurationError(
+                f"{folder} has {name} {size}, which {ranks} ranks cannot share equally. Set "
+                "LORAGATE_WORKER_TENSOR_PARALLEL to a divisor, or "
+                "LORAGATE_WORKER_MEGATRON_ENGINE=core."
+            )
+
+
 def _check(config: Any, folder: Path) -> None:
     if config.model_type not in FAMILIES:
         raise _refused(folder, f"is a {config.model_type} model", f"trains {_listed(FAMILIES)}")

@@ -1,0 +1,5 @@
+"""Number formats, of which there are none here."""
+
+from transformer_engine.common import recipe
+
+__all__ = ["recipe"]
