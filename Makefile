@@ -4,7 +4,11 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help serve test check format bench migration vllm clean
+# Where there are several versions, a pyenv shows only the one it is set to.
+PYTHON312 ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12"; do \
+	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
+
+.PHONY: help serve test check format bench migration vllm bridge python312 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -12,7 +16,7 @@ help:  ## show this list
 serve: $(VENV)/.worker  ## run the gateway with the demo model on http://127.0.0.1:8080
 	@$(BIN)/loragate serve --log-format text --hello
 
-test: $(VENV)/.test  ## run every test; those of a real vLLM need `make vllm` once
+test: $(VENV)/.test  ## run every test; those of a real vLLM or of Megatron-Bridge need their word once
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.test  ## format, lint, types, imports, migrations
@@ -41,8 +45,13 @@ migration: $(VENV)/.test  ## write a migration from the tables: make migration m
 
 vllm: .venv-vllm/.plugin  ## install a real vLLM for this CPU and our plugin, for the tests (3.5 GB)
 
+bridge: .venv-bridge/.done  ## install Megatron-Bridge, on Python 3.12, for its tests (5 GB)
+
+python312:
+	@test -n "$(PYTHON312)" || { echo "Megatron-Bridge needs Python 3.12, and none was found; try: make PYTHON312=… bridge" >&2; exit 1; }
+
 clean:  ## remove what the other words built
-	rm -rf .venv .venv-vllm .bench build dist
+	rm -rf .venv .venv-vllm .venv-bridge .bench build dist
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "setup: making $(VENV)"
@@ -77,4 +86,13 @@ $(VENV)/.bench: $(VENV)/.test
 .venv-vllm/.plugin: .venv-vllm/.done plugin/pyproject.toml $(wildcard plugin/loragate_vllm/*.py)
 	@echo "setup: installing the plugin into .venv-vllm"
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall ./plugin
+	@touch $@
+
+# Without what Megatron-Bridge asks for beyond what training adapters takes: half of it has no wheel.
+.venv-bridge/.done: pyproject.toml constraints-bridge.txt
+	@$(MAKE) --silent python312
+	@echo "setup: installing Megatron-Bridge into .venv-bridge; a few minutes"
+	@test -x .venv-bridge/bin/python || $(PYTHON312) -m venv .venv-bridge
+	@.venv-bridge/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-bridge.txt --editable '.[worker]' einops omegaconf
+	@.venv-bridge/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-bridge.txt --no-deps megatron-core megatron-bridge
 	@touch $@
