@@ -234,7 +234,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Torch threads. If unset: all cores, but one for a model under 50 million "
-        "parameters, where threads wait for each other longer than they work.",
+        "parameters, where threads wait for each other longer than they work. Cores left over "
+        "train other runs at the same time.",
     )
 
     @field_validator("import_dirs", mode="before")

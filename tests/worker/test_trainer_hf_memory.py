@@ -32,7 +32,7 @@ WAYS = {"there": (SharedModel, "logprobs"), "back": (torch.Tensor, "backward")}
 
 @pytest.fixture(scope="module")
 def engine(wide: Path) -> HfTrainer:
-    made, _ = trainer(wide)
+    made, _ = trainer(wide, side_by_side=1)
     for seed, run in enumerate(RUNS):
         made.create(run, spec(seed))
         stir(made, run, seed)

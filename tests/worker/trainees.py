@@ -29,10 +29,13 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
-def trainer(folder: Path, **settings: Any) -> tuple[HfTrainer, CausalModel]:
+def trainer(
+    folder: Path, side_by_side: int | None = None, **settings: Any
+) -> tuple[HfTrainer, CausalModel]:
     chosen = Settings(worker_model=folder, worker_threads=1, **settings)
     model = load_model(chosen, folder)
-    return HfTrainer.beside(model, chosen, base_model=str(folder)), model
+    made = HfTrainer(model.model, chosen, base_model=str(folder), side_by_side=side_by_side)
+    return made, model
 
 
 def spec(seed: int = 0, *, rank: int = 4, alpha: int = 8, modules: Sequence[str] = LINEARS) -> Any:

@@ -7,8 +7,10 @@ asks, how the same base serves.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from app.worker.trainers import runfiles
 from app.worker.trainers.adamw import Moments, adamw, clip
 from app.worker.trainers.base import Example, Facts, Pass, PassResult
 from app.worker.trainers.lora import Group, Layout, lanes
+from app.worker.trainers.packing import deal
 from app.worker.trainers.passes import Work, compute
 from app.worker.trainers.shared import SharedModel
 
@@ -44,6 +47,12 @@ SHORTER = (
     "Shorten the longest examples, or give the worker more memory or "
     "LORAGATE_WORKER_GRADIENT_CHECKPOINTING=true."
 )
+
+
+#: Passes side by side at most: more have too few runs each.
+MOST_SIDE_BY_SIDE = 4
+#: Tokens that a pass of its own is worth: with fewer it mostly waits for the interpreter.
+LEAST_TOKENS = 128
 
 
 @dataclass(slots=True)
@@ -59,11 +68,22 @@ class Run:
 class HfTrainer:
     """Many adapters on one frozen base; passes of several runs are one pass of the model.
 
-    `base_model` is the name by which adapters say what they are for.
+    Or of a few, side by side, where torch leaves cores to spare: one for a small model, whose
+    products are too short to be shared.
+
+    `base_model` is the name by which adapters say what they are for; `side_by_side`, how many
+    passes of the model there may be at once, is by default what the cores allow.
     """
 
-    def __init__(self, model: Any, settings: Settings, *, base_model: str) -> None:
-        self._model = SharedModel(model, checkpointing=settings.worker_gradient_checkpointing)
+    def __init__(
+        self, model: Any, settings: Settings, *, base_model: str, side_by_side: int | None = None
+    ) -> None:
+        checkpointing = settings.worker_gradient_checkpointing
+        self._model = SharedModel(model, checkpointing=checkpointing)
+        count = side_by_side or _side_by_side(self._model.device)
+        others = [SharedModel(model, checkpointing=checkpointing) for _ in range(count - 1)]
+        self._models = [self._model, *others]
+        self._threads = ThreadPoolExecutor(count, "passes")
         self._limit = settings.worker_train_tokens
         self._base = base_model
         self._runs: dict[str, Run] = {}
@@ -168,6 +188,7 @@ class HfTrainer:
         return Probe(tuple(map(tuple, token_ids)), tuple(rows), _name(self._model.dtype))
 
     def close(self) -> None:
+        self._threads.shutdown()
         self._runs.clear()
 
     def _run(self, run: str) -> Run:
@@ -207,10 +228,13 @@ class HfTrainer:
         if not works:
             return {}
         failed: dict[int, TrainingFailed] = {}
+        parts = self._parts(works)
         # A failed pass keeps its memory for as long as its exception is at hand.
-        if (first := self._attempt(works)) is not None:
-            known = first if len(works) == 1 else None
-            failed = {id(work): failure for work in works if (failure := self._alone(work, known))}
+        for part, first in zip(parts, self._attempts(parts), strict=True):
+            if first is not None:
+                known = first if len(works) == 1 else None
+                failures = {id(work): self._alone(work, known) for work in part}
+                failed |= {work: failure for work, failure in failures.items() if failure}
         for work in works:
             if id(work) not in failed and not work.finite:
                 loss = float(work.sums["loss:sum"])
@@ -227,9 +251,29 @@ class HfTrainer:
             failure = self._attempt([work], limit=1)
         return failure
 
-    def _attempt(self, works: Sequence[Work], limit: int | None = None) -> TrainingFailed | None:
+    def _parts(self, works: Sequence[Work]) -> list[list[Work]]:
+        """The works, in as many parts as are worth a pass each."""
+        sizes = [sum(len(example.tokens) for example in work.task.examples) for work in works]
+        count = max(1, min(len(self._models), len(works), sum(sizes) // LEAST_TOKENS))
+        return [[works[place] for place in hand] for hand in deal(sizes, count)]
+
+    def _attempts(self, parts: Sequence[Sequence[Work]]) -> list[TrainingFailed | None]:
+        """A pass for each part at once; together they have no more tokens at work than one has."""
+        limit = max(1, self._limit // len(parts))
+        others = [
+            self._threads.submit(self._attempt, part, limit, model)
+            for part, model in zip(parts[1:], self._models[1:], strict=False)
+        ]
         try:
-            compute(self._model, works, limit or self._limit)
+            return [self._attempt(parts[0], limit), *(other.result() for other in others)]
+        finally:
+            wait(others)
+
+    def _attempt(
+        self, works: Sequence[Work], limit: int | None = None, model: SharedModel | None = None
+    ) -> TrainingFailed | None:
+        try:
+            compute(model or self._model, works, limit or self._limit)
         except (RuntimeError, MemoryError) as exc:
             return _failure(exc, f"A pass of run {works[0].task.run!r}", SHORTER)
         return None
@@ -241,6 +285,16 @@ class HfTrainer:
         metrics = {name: float(value) for name, value in work.sums.items()}
         metrics["seconds:max"] = seconds
         return PassResult(metrics, [work.logprobs[at] for at in range(len(work.task.examples))])
+
+
+def _side_by_side(device: torch.device) -> int:
+    """How many passes the processor's cores take; a card takes one."""
+    if device.type != "cpu":
+        return 1
+    # Not on every system is it known which cores a process may use.
+    ours = getattr(os, "sched_getaffinity", None)
+    cores = len(ours(0)) if ours else os.cpu_count() or 1
+    return int(max(1, min(MOST_SIDE_BY_SIDE, cores // torch.get_num_threads())))
 
 
 def _nothing(weights: Tensor) -> tuple[Tensor, Moments]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from app.worker.trainers import packing
+
 Unit = tuple[int, ...]
 
 
@@ -17,13 +19,8 @@ def deal(lengths: Sequence[int], together: int, copies: int) -> list[list[Unit]]
     Longest first, each to the copy that has least. A copy may get none.
     """
     units = [tuple(range(at, at + together)) for at in range(0, len(lengths), together)]
-    hands: list[list[Unit]] = [[] for _ in range(copies)]
-    tokens = [0] * copies
-    for unit in sorted(units, key=lambda unit: -_tokens(unit, lengths)):
-        least = tokens.index(min(tokens))
-        hands[least].append(unit)
-        tokens[least] += _tokens(unit, lengths)
-    return hands
+    hands = packing.deal([_tokens(unit, lengths) for unit in units], copies)
+    return [[units[place] for place in hand] for hand in hands]
 
 
 def batches(units: Sequence[Unit], lengths: Sequence[int], limit: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""Which examples are computed together.
+"""Which examples are computed together, and where.
 
 What comes in: the lengths of examples and whose they are. What goes out: batches of a bounded
-number of tokens. Pure. It must not know: tensors, models, losses.
+number of tokens, and shares of like size. Pure. It must not know: tensors, models, losses.
 """
 
 from __future__ import annotations
@@ -35,6 +35,20 @@ class Share:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+
+def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """The places of sizes, dealt out so that the sums are about the same. A hand may be empty.
+
+    Largest first, each to the hand that has least (Graham 1969).
+    """
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    sums = [0] * hands
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        least = sums.index(min(sums))
+        dealt[least].append(place)
+        sums[least] += sizes[place]
+    return dealt
 
 
 def batches(units: Sequence[Unit], limit: int) -> Iterator[list[Share]]:
