@@ -5,6 +5,7 @@ What fails is torch's own allocator, in the middle of a pass, on the way there o
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -64,6 +65,7 @@ def short_of_memory(
 def only(spare: int) -> Iterator[None]:
     """This process may map `spare` bytes more than now."""
     before = resource.getrlimit(resource.RLIMIT_AS)
+    gc.collect()  # what goes while the limit holds would be room
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (mapped + spare, before[1]))
     try:

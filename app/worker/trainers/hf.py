@@ -255,7 +255,7 @@ class HfTrainer:
         """The works, in as many parts as are worth a pass each."""
         sizes = [sum(len(example.tokens) for example in work.task.examples) for work in works]
         count = max(1, min(len(self._models), len(works), sum(sizes) // LEAST_TOKENS))
-        return [[works[place] for place in hand] for hand in deal(sizes, count)]
+        return [[works[place] for place in sorted(hand)] for hand in deal(sizes, count)]
 
     def _attempts(self, parts: Sequence[Sequence[Work]]) -> list[TrainingFailed | None]:
         """A pass for each part at once; together they have no more tokens at work than one has."""
