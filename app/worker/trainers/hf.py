@@ -47,8 +47,6 @@ SHORTER = (
     "Shorten the longest examples, or give the worker more memory or "
     "LORAGATE_WORKER_GRADIENT_CHECKPOINTING=true."
 )
-
-
 #: Passes side by side at most: more have too few runs each.
 MOST_SIDE_BY_SIDE = 4
 #: Tokens that a pass of its own is worth: with fewer it mostly waits for the interpreter.
