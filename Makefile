@@ -1,6 +1,7 @@
 # One word each. The first call of a word builds .venv with what it needs; later calls reuse it.
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -17,7 +18,7 @@ serve: $(VENV)/.worker  ## run the gateway with the demo model on http://127.0.0
 	@$(BIN)/loragate serve --log-format text --hello
 
 test: $(VENV)/.test  ## run every test; those of a real vLLM or of Megatron-Bridge need their word once
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.test  ## format, lint, types, imports, migrations
 	@echo "check: format and lint"

@@ -38,6 +38,8 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 RUNNER = "asyncio_runner"
+#: Folders of tests, by how long one of them takes.
+LONG_FIRST = ("vllm", "acceptance", "worker", "chaos", "examples", "bench", "integration")
 #: A real vLLM takes its time to start on a busy machine; whichever test comes first pays it.
 STARTS_VLLM_S = 600
 
@@ -49,6 +51,17 @@ def pytest_configure(config: pytest.Config) -> None:
         if ours or name.lower() in BackendSettings.model_fields:
             del os.environ[name]
     os.environ |= {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1,localhost,::1"}
+    # Threads of torch that wait for each other let go of their core: other tests need it.
+    os.environ |= {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, and what shares a server stays in one process (`pytest -n 2`)."""
+    items.sort(key=_turn)
+    for item in items:
+        group = "vllm" if item.get_closest_marker("vllm") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture
@@ -121,6 +134,13 @@ def pytest_runtest_makereport(
     if report.skipped and needy and isinstance(report.longrepr, tuple):
         report.longrepr = ("tests/servers.py", 0, report.longrepr[2])
     return report
+
+
+def _turn(item: pytest.Item) -> int:
+    if item.get_closest_marker("vllm"):
+        return 0
+    folder = item.nodeid.split("/")[1]
+    return LONG_FIRST.index(folder) if folder in LONG_FIRST else len(LONG_FIRST)
 
 
 async def _start(generator: AsyncGenerator[Any]) -> Any:

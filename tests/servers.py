@@ -89,7 +89,7 @@ def worker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelSer
         "LORAGATE_WORKER_SERVED_NAME": demo.BASE_NAME,
         "LORAGATE_WORKER_MAX_LORA_RANK": str(MAX_LORA_RANK),
         "LORAGATE_WORKER_DEVICE": "cpu",
-        "LORAGATE_WORKER_THREADS": "2",
+        "LORAGATE_WORKER_THREADS": "1",
     }
     yield from _serve([LORAGATE, "worker"], env, port, folder)
 
@@ -143,7 +143,10 @@ def run_vllm(
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": "2",
+        # Beside another it would bind the same core, and wait for work without letting go of it.
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "KMP_BLOCKTIME": "0",
     }
     yield from _serve(command, base_env | dict(env or {}), port, folder)
 

@@ -212,8 +212,7 @@ async def _ask_worker(url: str, names: list[str]) -> Wanted:
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
     # Each vLLM binds its threads to cores it thinks its own: these would be the first one's.
-    env = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with run_vllm(tmp_path_factory.mktemp("second"), env=env) as server:
+    with run_vllm(tmp_path_factory.mktemp("second")) as server:
         yield server
 
 
