@@ -172,9 +172,7 @@ class Connection(asyncio.Protocol):
 
     def timed_out(self) -> None:
         waited_for = "go on with" if self._in_body else "begin"
-        self._fail(
-            UpstreamTimeout(f"replica {self.client.name} did not {waited_for} its answer in time")
-        )
+        self._fail(UpstreamTimeout(f"{self.client.name} did not {waited_for} its answer in time"))
 
     def pause(self) -> None:
         """The reader is slower than the server."""
@@ -212,7 +210,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             # After the end of a response, this only closes the connection.
-            self._fail(UpstreamBroke(f"replica {self.client.name} did not answer in HTTP: {exc}"))
+            self._fail(UpstreamBroke(f"{self.client.name} did not answer in HTTP: {exc}"))
             return
         if self._response is response:
             self._parsed(response)
@@ -221,7 +219,7 @@ class Connection(asyncio.Protocol):
         """More of a response is here, and not yet all of it."""
         if not self._in_body:
             if self._head_bytes > self.client.limits.head_bytes:
-                self._fail(UpstreamBroke(f"replica {self.client.name} sent too large a header"))
+                self._fail(UpstreamBroke(f"{self.client.name} sent too large a header"))
             return
         self.heard = True
         push = response._push
@@ -254,9 +252,7 @@ class Connection(asyncio.Protocol):
             self._finish(response)  # a body without a length ends with the connection
         elif response is not None:
             reason = "closed the connection" if exc is None else f"reset the connection ({exc})"
-            self._fail(
-                UpstreamBroke(f"replica {self.client.name} {reason} before its answer ended")
-            )
+            self._fail(UpstreamBroke(f"{self.client.name} {reason} before its answer ended"))
         self.client.lost(self)
 
     # httptools callbacks

@@ -163,8 +163,9 @@ class _Wire:
         tls = ssl.create_default_context() if secure else None
         name = parts.netloc.rpartition("@")[2]
         probing = Limits(connections=2, connect_s=limits.connect_s, first_byte_s=5.0)
-        self._inference = Client(parts.hostname, port, name=name, limits=limits, tls=tls)
-        self._probes = Client(parts.hostname, port, name=name, limits=probing, tls=tls)
+        said = f"replica {name}"
+        self._inference = Client(parts.hostname, port, name=said, limits=limits, tls=tls)
+        self._probes = Client(parts.hostname, port, name=said, limits=probing, tls=tls)
         credentials = f"authorization: Bearer {api_key}\r\n" if api_key else ""
         self._common = f"host: {name}\r\naccept-encoding: identity\r\n{credentials}".encode()
 

@@ -89,7 +89,7 @@ class VllmBackend:
 
         def client(limits: Limits) -> Client:
             assert parts.hostname is not None
-            return Client(parts.hostname, port, name=name, limits=limits, tls=tls)
+            return Client(parts.hostname, port, name=f"replica {name}", limits=limits, tls=tls)
 
         self._inference = client(limits)
         # Loads and probes have their own connections and deadlines: a pool full of requests

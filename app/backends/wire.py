@@ -30,7 +30,8 @@ class Limits:
     """Bounds of one client. Times in seconds, sizes in bytes.
 
     `keep_alive_s` is below the 5 s after which vLLM's server closes an idle connection, so that
-    a request seldom meets a connection that is being closed.
+    a request seldom meets a connection that is being closed. All but `connect_s` are kept to a
+    `tick_s`.
     """
 
     connections: int = 1024
@@ -38,6 +39,7 @@ class Limits:
     first_byte_s: float = 600.0
     idle_s: float = 120.0
     keep_alive_s: float = 4.0
+    tick_s: float = TICK_S
     head_bytes: int = 64 << 10
     read_ahead_bytes: int = 256 << 10
 
@@ -45,8 +47,8 @@ class Limits:
 class Client:
     """Connections to one server.
 
-    `name` stands in messages for the server's address. At most `limits.connections` are open;
-    further requests wait for one.
+    `name` is what messages call the server: "replica host:port", say. At most
+    `limits.connections` are open; further requests wait for one.
     """
 
     def __init__(
@@ -56,10 +58,10 @@ class Client:
         self.limits = limits
         self.loop = asyncio.get_running_loop()
         self.tick = 0
-        self.first_byte_ticks = ceil(limits.first_byte_s / TICK_S) + 1
-        self.idle_ticks = ceil(limits.idle_s / TICK_S) + 1
+        self.first_byte_ticks = ceil(limits.first_byte_s / limits.tick_s) + 1
+        self.idle_ticks = ceil(limits.idle_s / limits.tick_s) + 1
         self.whole_bytes = min(WHOLE_BYTES, limits.read_ahead_bytes)
-        self._keep_alive_ticks = ceil(limits.keep_alive_s / TICK_S)
+        self._keep_alive_ticks = ceil(limits.keep_alive_s / limits.tick_s)
         self._host = host
         self._port = port
         self._tls = tls
@@ -129,11 +131,11 @@ class Client:
 
     async def _open(self) -> Connection:
         if self._timer is None:
-            self._timer = self.loop.call_later(TICK_S, self._ticked)
+            self._timer = self.loop.call_later(self.limits.tick_s, self._ticked)
         try:
             connection = await self._connect()
             if not connection.usable:
-                raise UpstreamRefused(f"replica {self.name} closed a new connection at once")
+                raise UpstreamRefused(f"{self.name} closed a new connection at once")
         except BaseException:
             self._leave()
             raise
@@ -146,12 +148,10 @@ class Client:
                     lambda: Connection(self), self._host, self._port, ssl=self._tls
                 )
         except TimeoutError as exc:
-            raise UpstreamRefused(
-                f"replica {self.name} did not accept a connection in time"
-            ) from exc
+            raise UpstreamRefused(f"{self.name} did not accept a connection in time") from exc
         except (OSError, UnicodeError) as exc:  # the latter: no host can have that name
             reason = getattr(exc, "strerror", None) or exc
-            raise UpstreamRefused(f"replica {self.name} cannot be reached: {reason}") from exc
+            raise UpstreamRefused(f"{self.name} cannot be reached: {reason}") from exc
         return connection
 
     def finished(self, connection: Connection, *, reusable: bool) -> None:
@@ -180,7 +180,7 @@ class Client:
             self._idle.remove(connection)
             connection.transport.close()
         if self._idle or self._free < self.limits.connections:
-            self._timer = self.loop.call_later(TICK_S, self._ticked)
+            self._timer = self.loop.call_later(self.limits.tick_s, self._ticked)
         else:
             self._timer = None
 
