@@ -33,6 +33,7 @@ from app.db.leases import database_time
 from app.domain import Job, JobError, JobEventType, JobKind, JobStatus
 from app.errors import Conflict
 from app.jobs.claims import claim
+from app.jobs.heartbeats import heartbeat
 from app.jobs.lookup import (
     UNFINISHED,
     Depth,
@@ -49,7 +50,7 @@ from app.jobs.rows import (
     Lease,
     LeaseLost,
     NewEvent,
-    add_events,
+    add_event,
     has,
     held,
     job_of,
@@ -147,27 +148,6 @@ async def submit(
     await session.flush()
     await _tell(session, clock, row, "The job is queued.")
     return job_of(row)
-
-
-async def heartbeat(
-    session: AsyncSession,
-    clock: Clock,
-    lease: Lease,
-    *,
-    lease_s: float,
-    events: Sequence[NewEvent] = (),
-    progress: Mapping[str, Any] | None = None,
-) -> Flags:
-    """Keep the lease for `lease_s` more, record what happened, and see what was asked meanwhile.
-
-    `progress` replaces what the job's handler keeps between attempts. Raises LeaseLost.
-    """
-    row = await held(session, lease)
-    row.lease_expires_at = database_time(lease_s)
-    if progress is not None:
-        row.progress = dict(progress)
-    await add_events(session, clock, row, events)
-    return Flags(cancel=row.cancel_requested, pause=row.pause_requested)
 
 
 async def finish(
@@ -367,11 +347,11 @@ async def _tell(
 ) -> None:
     """Record the status the job has now."""
     event = NewEvent(JobEventType.STATUS, message, level, {"status": row.status})
-    await add_events(session, clock, row, [event])
+    await add_event(session, clock, row, event)
 
 
 async def _say(session: AsyncSession, clock: Clock, row: JobRow, message: str) -> None:
-    await add_events(session, clock, row, [NewEvent(JobEventType.MESSAGE, message)])
+    await add_event(session, clock, row, NewEvent(JobEventType.MESSAGE, message))
 
 
 def _unfinished(row: JobRow) -> JobStatus:

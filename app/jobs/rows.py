@@ -6,7 +6,7 @@ rows as frozen values; numbered events. Knows nothing of when a job changes its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,22 +60,34 @@ def lease_of(job: Job) -> Lease:
     return Lease(job.id, job.number, job.attempts, job.lease_token)
 
 
-def has(status: JobStatus, row: type[JobRow] = JobRow) -> ColumnElement[bool]:
+def has(status: JobStatus, row: Any = JobRow) -> ColumnElement[bool]:
     """Whether a job is in `status`: written out, as few statuses are as rare as a plan hopes."""
-    return row.status == literal(status.value, literal_execute=True)
+    found: ColumnElement[bool] = row.status == literal(status.value, literal_execute=True)
+    return found
+
+
+def is_held(
+    number: Any, attempt: Any, token: Any, row: Any = JobRow
+) -> tuple[ColumnElement[bool], ...]:
+    """What is true of a job's row as long as this lease of it is held."""
+    return (
+        row.number == number,
+        row.attempts == attempt,
+        row.lease_token == token,
+        has(JobStatus.RUNNING, row),
+    )
+
+
+def lost(lease: Lease) -> LeaseLost:
+    return LeaseLost(f"attempt {lease.attempt} at job {lease.job_id} has lost its lease")
 
 
 async def held(session: AsyncSession, lease: Lease) -> JobRow:
     """The row of a job whose lease is held, locked until the transaction ends; or LeaseLost."""
-    query = select(JobRow).where(
-        JobRow.number == lease.number,
-        JobRow.attempts == lease.attempt,
-        JobRow.lease_token == lease.token,
-        has(JobStatus.RUNNING),
-    )
+    query = select(JobRow).where(*is_held(lease.number, lease.attempt, lease.token))
     row = await _locked(session, query)
     if row is None:
-        raise LeaseLost(f"attempt {lease.attempt} at job {lease.job_id} has lost its lease")
+        raise lost(lease)
     return row
 
 
@@ -91,43 +103,30 @@ def unknown(job_id: str, param: str | None = None) -> NotFound:
     return NotFound(f"There is no job {job_id[:200]!r}.", param=param)
 
 
-async def add_events(
-    session: AsyncSession, clock: Clock, row: JobRow, events: Sequence[NewEvent]
-) -> None:
-    """Record events under the next numbers of a locked job, without the steps it has already.
-
-    A step that is new is progress, and an attempt that makes progress is not counted.
-    """
-    steps = {event.step for event in events if event.step is not None}
-    known = set()
-    if steps:
-        query = select(JobEventRow.step).where(
-            JobEventRow.job_number == row.number, JobEventRow.step.in_(steps)
-        )
-        known = set(await session.scalars(query))
-    for event in events:
-        if event.step is not None:
-            if event.step in known:
-                continue
-            known.add(event.step)
-            row.progressed_attempt = row.attempts
-        row.last_event += 1
-        session.add(event_row(clock, row, event))
+async def add_event(session: AsyncSession, clock: Clock, row: JobRow, event: NewEvent) -> None:
+    """Record an event that is no step under the next number of a locked job."""
+    row.last_event += 1
+    session.add(event_row(clock, row, event))
     await session.flush()
 
 
 def event_row(clock: Clock, row: JobRow, event: NewEvent) -> JobEventRow:
     """The row of the job's last event."""
-    return JobEventRow(
-        job_number=row.number,
-        number=row.last_event,
-        type=event.type.value,
-        level=event.level,
-        message=event.message.replace("\0", "\N{REPLACEMENT CHARACTER}")[:MAX_MESSAGE],
-        data=dict(event.data),
-        step=event.step,
-        created_at=clock.now(),
-    )
+    return JobEventRow(**event_values(clock, row.number, row.last_event, event))
+
+
+def event_values(clock: Clock, job_number: int, number: int, event: NewEvent) -> dict[str, Any]:
+    """The columns of an event."""
+    return {
+        "job_number": job_number,
+        "number": number,
+        "type": event.type.value,
+        "level": event.level,
+        "message": event.message.replace("\0", "\N{REPLACEMENT CHARACTER}")[:MAX_MESSAGE],
+        "data": dict(event.data),
+        "step": event.step,
+        "created_at": clock.now(),
+    }
 
 
 def job_of(row: JobRow) -> Job:
