@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.errors import AdapterLoadFailed, NotFound
+from app.worker.samplers import lora
 from app.worker.samplers.cache import KvRows
 from app.worker.samplers.lora import CONFIG, WEIGHTS, read_adapter
 from app.worker.samplers.model import CausalModel
@@ -51,6 +52,37 @@ def test_a_mixed_batch_gives_each_row_what_peft_gives_it_alone(
         with torch.inference_mode():
             expected = plain(tiny, name)(torch.tensor([PROMPT])).logits[0]
         assert torch.allclose(found[row], expected, atol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_second_one_of_a_kind_gives_what_peft_gives_it(
+    model: CausalModel, tiny: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(tiny / "model")
+    write_adapter(tiny / "model", tmp_path / name, seed=9, **ADAPTERS[name])
+    place(model, "one", tiny / name)
+    if name != "embedding":  # which is not kept as it is in the file
+
+        def asked(*_: Any, **__: Any) -> None:
+            raise AssertionError("PEFT knows nothing new of this one")
+
+        monkeypatch.setattr(lora, "inject_adapter_in_model", asked)
+    place(model, "two", tmp_path / name)
+    one, two = logits(model, ["one", "two"])
+    for found, root in ((one, tiny), (two, tmp_path)):
+        with torch.inference_mode():
+            expected = plain(root, name)(torch.tensor([PROMPT])).logits[0]
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_one_with_other_settings_is_of_another_kind(
+    model: CausalModel, tiny: Path, tmp_path: Path
+) -> None:
+    place(model, "one", tiny / "narrow")
+    place(model, "two", copy(tiny / "narrow", tmp_path / "two", lora_alpha=32))
+    one, two, base = logits(model, ["one", "two", None])
+    assert not torch.allclose(one, two, atol=1e-3)
+    assert not torch.allclose(two, base, atol=1e-3)
 
 
 def test_the_same_files_may_be_there_twice(model: CausalModel, tiny: Path) -> None:

@@ -7,11 +7,13 @@ clients use, when to evict.
 PEFT reads the config, builds the layers and places the weights. Its own mixed-batch forward sorts
 the rows by name again in every layer of every step; here the rows of a batch are sorted once,
 into `Lanes`, and the layers follow them. They also keep the weights: PEFT walks all that it holds
-for each adapter it adds, so it is left none.
+for each adapter it adds, so it is left none. And it walks the whole model: an adapter that differs
+from an earlier one in its numbers alone goes where that one's went.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +32,8 @@ from torch.nn import functional
 from app.errors import AdapterLoadFailed, NotFound
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: Kinds of adapter whose places are kept.
+MAX_KINDS = 64
 # Initialisations that also change the base weights; their adapters only fit that changed base.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
 
@@ -61,6 +65,17 @@ class Weights:
     scaling: float
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where tensors of an adapter go, by their names in its file."""
+
+    layer: Mixed
+    down: str
+    up: str
+    bias: str | None
+    scaling: float
+
+
 class LoraLayers:
     """The adapters inside one model, by slot."""
 
@@ -68,6 +83,7 @@ class LoraLayers:
         self.model = model
         self.lanes: tuple[Lane, ...] = ()
         self.mixed: dict[LoraLayer, Mixed] = {}
+        self._places: dict[str, list[Place]] = {}
 
     def use(self, slots: Sequence[str | None]) -> None:
         """From now on row i of a batch has adapter `slots[i]`; None is the bare base."""
@@ -75,6 +91,10 @@ class LoraLayers:
 
     def load(self, slot: str, files: AdapterFiles) -> None:
         """Place an adapter's weights; all of them or none."""
+        kind = _kind(files)
+        if (places := self._places.get(kind)) is not None:
+            self._put(slot, files, places)
+            return
         try:
             with _peft_at_ease():
                 try:
@@ -86,11 +106,36 @@ class LoraLayers:
             if isinstance(exc, AdapterLoadFailed):
                 raise
             raise AdapterLoadFailed(f"Loading lora from {files.path} failed: {exc}") from exc
+        if len(self._places) < MAX_KINDS and (places := self._found(slot, files)):
+            self._places[kind] = places
 
     def unload(self, slot: str) -> None:
         """Free a slot; one that is not there is fine."""
         for mixed in self.mixed.values():
             mixed.weights.pop(slot, None)
+
+    def _put(self, slot: str, files: AdapterFiles, places: Sequence[Place]) -> None:
+        dtype = next(self.model.parameters()).dtype
+        weights = {name: tensor.to(dtype) for name, tensor in files.weights.items()}
+        for place in places:
+            bias = None if place.bias is None else weights[place.bias]
+            kept = Weights(weights[place.down], weights[place.up], bias, place.scaling)
+            place.layer.weights[slot] = kept
+
+    def _found(self, slot: str, files: AdapterFiles) -> list[Place] | None:
+        """Where PEFT put each tensor; None if it did not leave them as they are in the file."""
+        names = {tensor.data_ptr(): name for name, tensor in files.weights.items()}
+        places = []
+        for mixed in self.mixed.values():
+            if (kept := mixed.weights.get(slot)) is None:
+                continue
+            bias = None if kept.bias is None else names.get(kept.bias.data_ptr())
+            down, up = names.get(kept.down.data_ptr()), names.get(kept.up.data_ptr())
+            if down is None or up is None or (bias is None) != (kept.bias is None):
+                return None
+            places.append(Place(mixed, down, up, bias, kept.scaling))
+        placed = {name for place in places for name in (place.down, place.up, place.bias)} - {None}
+        return places if placed == files.weights.keys() else None
 
     def _take_from_peft(self, slot: str) -> None:
         if slot in getattr(self.model, "peft_config", {}):
@@ -198,6 +243,18 @@ def lanes(slots: Sequence[str | None], device: torch.device) -> tuple[Lane, ...]
         Lane(slot, None if len(members) == len(slots) else torch.tensor(members, device=device))
         for slot, members in rows.items()
     )
+
+
+def _kind(files: AdapterFiles) -> str:
+    """The same for adapters that PEFT treats alike: all of them but their numbers."""
+    settings = files.config.to_dict()  # type: ignore[no-untyped-call]
+    config = json.dumps(settings, sort_keys=True, default=_plain)
+    tensors = sorted((name, str(t.dtype), *t.shape) for name, t in files.weights.items())
+    return f"{config} {tensors}"
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def read_adapter(path: str, *, max_rank: int) -> AdapterFiles:
