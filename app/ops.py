@@ -118,6 +118,27 @@ class Submit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     acked: int = 0
 
 
+class Numbered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An op and its number."""
+
+    seq: int
+    op: Op
+
+
+class Exchange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /runs/{run}/ops`: several ops handed over, and outcomes asked for, at once.
+
+    `wanted` is the first and the last op whose outcomes are asked for; the answer waits for the
+    last one for `wait_s` seconds, MAX_WAIT_S at most. Without it nothing is waited for.
+    """
+
+    ops: list[Numbered] = []
+    fence: int = 0
+    acked: int = 0
+    wanted: tuple[int, int] | None = None
+    wait_s: float = 0.0
+
+
 class SavedFile(msgspec.Struct, frozen=True):
     """A file to fetch from `/runs/{run}/files/{name}/{file}`."""
 
@@ -169,6 +190,15 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     seq: int
     result: Result | None = None
     failure: Failure | None = None
+
+
+class Outcomes(msgspec.Struct, frozen=True):
+    """Answer to an `Exchange`: what was wanted and is there, in order, from the first op on.
+
+    One that failed is told when it is the first, so nothing comes after it.
+    """
+
+    outcomes: list[Outcome]
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

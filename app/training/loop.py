@@ -15,15 +15,17 @@ When the state is saved depends on the clock, for what matters is how much time 
 costs; op numbers must not. So `Saves` are decided from how long steps took, for steps of which
 nobody has handed over anything, and recorded before an op that depends on them is handed over.
 
-A few ops are handed over ahead of the outcome that is waited for, so that the worker never waits
-for the gateway.
+A few ops are handed over ahead of the outcomes that are waited for, so that the worker never waits
+for the gateway. One request hands over as many as come back with it: a step costs one.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import median
 
 from app.clock import Clock
@@ -38,6 +40,10 @@ from app.training.run import Run
 
 #: Ops handed over and not yet collected: two steps, and a state.
 LOOK_AHEAD = 5
+#: Of these, the most that one request waits for, so that the worker has the others meanwhile.
+COLLECTED = 3
+#: Ops in one request at most: its size has a bound, and the first ones do not wait for more.
+HANDED_OVER = 2
 #: Steps whose median time decides on saves.
 TIMED_STEPS = 5
 #: How many times more or less often than they should saves may come before they are decided anew.
@@ -95,6 +101,8 @@ class Loop:
         self._losses = 0
         self._tally = Tally(batches)
         self._times: deque[float] = deque()
+        self._ahead: deque[PlannedOp] = deque()  # handed over or new, and not collected
+        self._new: list[PlannedOp] = []  # of these, the last ones, to be handed over next
 
     async def run(self) -> bool:
         """Drive the run to the end of its plan; False if it was to stop first.
@@ -144,31 +152,40 @@ class Loop:
         self._furthest = max(self._furthest, status.next_seq - 1)
         self._tally = Tally(self._batches)
         self._times = deque([self._clock.monotonic()], TIMED_STEPS + 1)
-        ahead: deque[PlannedOp] = deque()
+        self._ahead.clear()
+        self._new.clear()
         for op in self._plan.ops(self._saves, first):
+            self._ahead.append(op)
             if op.seq >= status.next_seq:
-                await self._submit(op)
-            ahead.append(op)
-            if len(ahead) == LOOK_AHEAD:
-                taken = ahead.popleft()
-                await self._collect(taken)
-                await self._decide_saves(taken, op)
-        while ahead:
-            await self._collect(ahead.popleft())
+                self._new.append(op)
+            if len(self._ahead) == LOOK_AHEAD:
+                await self._exchange(_due(self._ahead))
+            elif len(self._new) == HANDED_OVER:
+                await self._exchange([])
+        while self._ahead:
+            await self._exchange(_due(self._ahead))
 
-    async def _submit(self, op: PlannedOp) -> None:
-        request = self._batches.request(op)
+    async def _exchange(self, due: Sequence[PlannedOp]) -> None:
+        """Hand over what is new, and take what came of the ops that are due."""
+        new = [(op.seq, self._batches.request(op)) for op in self._new]
         # What is repeated is asked for again, recorded or not.
         acked = min(self._recorder.recorded, self._collected)
-        await self._patience.once(lambda: self._run.submit(op.seq, request, acked))
-        self._furthest = max(self._furthest, op.seq)
+        wanted = (due[0].seq, due[-1].seq) if due else None
+        with self._naming((due or self._new)[0]):
+            results = await self._patience.once(lambda: self._run.exchange(new, acked, wanted))
+        self._new.clear()
+        last = self._ahead[-1]
+        self._furthest = max(self._furthest, last.seq)
+        for op, result in zip(due, results, strict=False):
+            self._ahead.popleft()
+            await self._take(op, result)
+            await self._decide_saves(op, last)
 
-    async def _collect(self, op: PlannedOp) -> None:
-        await self._take(op, await self._patience.once(lambda: self._outcome(op)))
-
-    async def _outcome(self, op: PlannedOp) -> Result:
+    @contextmanager
+    def _naming(self, op: PlannedOp) -> Iterator[None]:
+        """Say of what goes wrong for good which step it was."""
         try:
-            return await self._run.outcome(op.seq)
+            yield
         except (TrainingFailed, InvalidRequest) as exc:
             what = f"Step {op.step} of {self._plan.steps} failed: {exc}"
             raise type(exc)(what, param=exc.param, code=exc.code) from exc
@@ -214,6 +231,17 @@ class Loop:
             for op in self._plan.ops(self._saves, self._done + 1):
                 if op.seq >= status.next_seq:
                     return
-                await self._take(op, await self._outcome(op))
+                with self._naming(op):
+                    result = await self._run.outcome(op.seq)
+                await self._take(op, result)
         except (TrainerUnavailable, RunLost):
             return  # nothing goes on there; what was not told is in the run's last state
+
+
+def _due(ahead: Iterable[PlannedOp]) -> list[PlannedOp]:
+    """Whose outcomes are waited for next: up to the end of a step, which is told at once."""
+    first = list(islice(ahead, COLLECTED))
+    for count, op in enumerate(first, 1):
+        if op.kind is OpKind.OPTIM_STEP:
+            return first[:count]
+    return first[:1]

@@ -51,6 +51,20 @@ class Run(Protocol):
             InvalidRequest: the op asks for what cannot be.
         """
 
+    async def exchange(
+        self, ops: Sequence[tuple[int, Op]], acked: int, wanted: tuple[int, int] | None
+    ) -> list[Result]:
+        """Hand over ops, each with its number, and wait for those that are `wanted`: the answers
+        of the first to the last of them, once the last has one.
+
+        Fewer come when the worker lets go of who waits, or one of them failed that is not the
+        first; none without `wanted`.
+
+        Raises:
+            Conflict, TrainerBusy: as `submit` does.
+            TrainingFailed, InvalidRequest: as `outcome` does, of the first one.
+        """
+
     async def cancel_ops(self) -> RunStatus:
         """Cancel every op that has not begun; the answer comes once none is being done."""
 

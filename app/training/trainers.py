@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
-from urllib.parse import quote
+from typing import Self, TypeVar
+from urllib.parse import quote, urlencode
 
-import httpx
 import msgspec
 
 from app import errors
+from app.backends.base import Reply
+from app.backends.trainer import TrainerServer
 from app.domain import LoraSpec, Trainer
-from app.errors import LoragateError, TrainerError, TrainerUnavailable
+from app.errors import LoragateError, TrainerError, TrainerUnavailable, UpstreamError
 from app.ops import (
     MAX_WAIT_S,
     MEDIA_TYPE,
     PREFIX,
+    Exchange,
+    ForwardBackward,
     Lora,
     Message,
+    Numbered,
     Op,
     OpenRun,
     Outcome,
+    Outcomes,
     Rendered,
     RenderReply,
     RenderRequest,
@@ -48,8 +51,10 @@ T = TypeVar("T")
 #: Longest that a worker may be silent, beside what it was asked to wait. Opening a run or
 #: cancelling its ops waits for the op that is being done.
 SILENCE_S = 120.0
-CONNECTIONS = 128
 CHUNK = 1 << 20
+#: Largest answer that is no file; and what is packed and unpacked at once, more beside the loop.
+ANSWER_BYTES = 1 << 30
+INLINE_BYTES = 64 << 10
 
 #: What a worker may say went wrong, of an op or of a request. Anything else is its own fault.
 _CODES: dict[str, Callable[[str], LoragateError]] = {
@@ -71,12 +76,6 @@ _CODES: dict[str, Callable[[str], LoragateError]] = {
 _encode = msgspec.msgpack.Encoder().encode
 
 
-@cache
-def _authorities() -> ssl.SSLContext:
-    """What vouches for https workers, read once: it takes longer than most requests."""
-    return httpx.create_ssl_context(trust_env=False)
-
-
 class _Complaint(msgspec.Struct):
     code: str
     message: str
@@ -90,16 +89,10 @@ class TrainerClient:
     """One worker. Close it, or use it as a context, when done with it and its runs."""
 
     def __init__(self, trainer: Trainer, *, connect_s: float = 2.0) -> None:
-        key = trainer.api_key
+        self._trainer = trainer
         self._name = trainer.name
-        self._http = httpx.AsyncClient(
-            base_url=trainer.url.rstrip("/") + PREFIX,
-            headers={} if key is None else {"authorization": f"Bearer {key}"},
-            timeout=httpx.Timeout(SILENCE_S, connect=connect_s),
-            limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
-            trust_env=False,
-            verify=_authorities() if trainer.url.startswith("https:") else False,
-        )
+        self._connect_s = connect_s
+        self._server: TrainerServer | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -110,14 +103,15 @@ class TrainerClient:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.aclose()
+        self.close()
 
-    async def aclose(self) -> None:
-        await self._http.aclose()
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
 
     async def info(self) -> TrainerInfo:
         """What the worker can do and which runs it knows."""
-        return self.decoded(await self.ask("GET", "/info"), TrainerInfo)
+        return await self.answer("GET", "/info", TrainerInfo)
 
     async def render(self, conversations: Sequence[Message], *, complete: bool) -> list[Rendered]:
         """Conversations through the model's chat template, in their order.
@@ -125,90 +119,97 @@ class TrainerClient:
         What is wrong with one is in its `problem`.
         """
         asked = RenderRequest(list(conversations), complete)
-        response = await self.ask("POST", "/render", await _packed(asked))
-        return (await self.decoded_aside(response, RenderReply)).conversations
+        body = await asyncio.to_thread(_encode, asked)
+        return (await self.answer("POST", "/render", RenderReply, body)).conversations
 
     def run(self, run_id: str) -> RunClient:
         """The run of that name, whether it exists yet or not."""
         return RunClient(self, run_id)
 
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        *,
-        params: dict[str, Any] | None = None,
-    ) -> httpx.Response:
-        """One request; its answer, if that is not an error."""
-        async with self.answering(method, path, body, params=params) as response:
-            try:
-                await response.aread()
-            except httpx.HTTPError as exc:
-                raise self._unavailable(exc) from exc
-            return response
+    async def answer(self, method: str, path: str, kind: type[T], body: bytes | None = None) -> T:
+        """One request; the msgpack map it is answered with."""
+        return await self.unpacked(path, await self.ask(method, path, body), kind)
+
+    async def unpacked(self, path: str, data: bytes, kind: type[T]) -> T:
+        """An answer's msgpack map; what is large is read beside the loop."""
+        try:
+            if len(data) <= INLINE_BYTES:
+                return msgspec.msgpack.decode(data, type=kind)
+            return await asyncio.to_thread(msgspec.msgpack.decode, data, type=kind)
+        except msgspec.DecodeError as exc:
+            raise TrainerError(
+                f"trainer {self._name!r} answered {path} with something that is not a "
+                f"{kind.__name__}: {exc}"
+            ) from exc
+
+    async def ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """One request; the body of its answer, if that is not an error."""
+        async with self.answering(method, path, body) as reply:
+            return await self._read(reply)
 
     @asynccontextmanager
     async def answering(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        *,
-        params: dict[str, Any] | None = None,
-    ) -> AsyncIterator[httpx.Response]:
+        self, method: str, path: str, body: bytes | None = None
+    ) -> AsyncIterator[Reply]:
         """The same, with the answer's body still to be read."""
-        headers = {} if body is None else {"content-type": MEDIA_TYPE}
-        request = self._http.build_request(
-            method, path, content=body, headers=headers, params=params
-        )
         try:
-            response = await self._http.send(request, stream=True)
-        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+            reply = await self._reached().send(method, PREFIX + path, body)
+        except UpstreamError as exc:
             raise self._unavailable(exc) from exc
         try:
-            if response.is_error:
-                raise await self._refusal(response)
-            yield response
+            if reply.status >= 300:
+                raise await self._refusal(reply)
+            yield reply
         finally:
-            await response.aclose()
+            reply.close()
 
-    def decoded(self, response: httpx.Response, kind: type[T]) -> T:
-        """The answer's msgpack map."""
+    async def chunks(self, reply: Reply) -> AsyncIterator[bytes]:
+        """The body of an answer, in pieces of about CHUNK bytes."""
+        more = True
+        while more:
+            parts: list[bytes] = []
+            size = 0
+            while size < CHUNK and (more := bool(data := await self._next(reply))):
+                parts.append(data)
+                size += len(data)
+            yield b"".join(parts)
+
+    def _reached(self) -> TrainerServer:
+        if self._server is None:
+            self._server = TrainerServer(
+                self._trainer.url,
+                api_key=self._trainer.api_key,
+                media_type=MEDIA_TYPE,
+                connect_s=self._connect_s,
+                silence_s=SILENCE_S + MAX_WAIT_S,
+            )
+        return self._server
+
+    async def _next(self, reply: Reply) -> bytes:
         try:
-            return msgspec.msgpack.decode(response.content, type=kind)
-        except msgspec.DecodeError as exc:
-            raise TrainerError(
-                f"trainer {self._name!r} answered {response.request.url.path} with something that "
-                f"is not a {kind.__name__}: {exc}"
-            ) from exc
-
-    async def decoded_aside(self, response: httpx.Response, kind: type[T]) -> T:
-        """The same, where it may be large."""
-        return await asyncio.to_thread(self.decoded, response, kind)
-
-    async def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        """The body of an answer, piece by piece."""
-        try:
-            async for chunk in response.aiter_bytes(CHUNK):
-                yield chunk
-        except httpx.HTTPError as exc:
+            return await reply.next()
+        except UpstreamError as exc:
             raise self._unavailable(exc) from exc
 
-    def _unavailable(self, exc: Exception) -> TrainerUnavailable:
-        detail = str(exc) or type(exc).__name__
-        return TrainerUnavailable(f"trainer {self._name!r} cannot be reached: {detail}")
-
-    async def _refusal(self, response: httpx.Response) -> LoragateError:
+    async def _read(self, reply: Reply) -> bytes:
         try:
-            said = msgspec.json.decode(await response.aread(), type=_Envelope).error
-        except httpx.HTTPError as exc:
-            return self._unavailable(exc)
+            return reply.take() if reply.complete else await reply.read(ANSWER_BYTES)
+        except UpstreamError as exc:
+            raise self._unavailable(exc) from exc
+
+    def _unavailable(self, exc: UpstreamError) -> TrainerUnavailable:
+        return TrainerUnavailable(f"trainer {self._name!r} cannot be reached: {exc}")
+
+    async def _refusal(self, reply: Reply) -> LoragateError:
+        try:
+            said = msgspec.json.decode(await self._read(reply), type=_Envelope).error
+        except TrainerUnavailable as exc:
+            return exc
         except msgspec.DecodeError:
-            said = _Complaint("", f"it answered {response.status_code}")
+            said = _Complaint("", f"it answered {reply.status}")
         if said.code in _CODES:
             return _CODES[said.code](said.message)
-        kind = TrainerUnavailable if response.is_server_error else TrainerError
+        kind = TrainerUnavailable if reply.status >= 500 else TrainerError
         return kind(f"trainer {self._name!r}: {said.message}")
 
 
@@ -228,30 +229,43 @@ class RunClient:
     async def open(self, base_model: str, spec: LoraSpec, fence: int) -> RunStatus:
         lora = Lora(spec.rank, spec.alpha, list(spec.target_modules), spec.seed)
         body = _encode(OpenRun(base_model, lora, fence))
-        response = await self._trainer.ask("PUT", self._path, body)
+        status = await self._trainer.answer("PUT", self._path, RunStatus, body)
         self._fence = fence
-        return self._trainer.decoded(response, RunStatus)
+        return status
 
     async def submit(self, seq: int, op: Op, acked: int = 0) -> None:
-        body = await _packed(Submit(op, self._fence or 0, acked))
+        body = await _packed(Submit(op, self._fence or 0, acked), _bytes(op))
         await self._trainer.ask("PUT", f"{self._path}/ops/{seq}", body)
 
     async def outcome(self, seq: int) -> Result:
         path = f"{self._path}/ops/{seq}"
-        while True:
-            response = await self._trainer.ask("GET", path, params=self._params(wait_s=MAX_WAIT_S))
-            if response.status_code != httpx.codes.NO_CONTENT:
-                return self._result(await self._trainer.decoded_aside(response, Outcome))
+        query = self._query(wait_s=MAX_WAIT_S)
+        while not (data := await self._trainer.ask("GET", path + query)):
+            pass  # it is not there yet
+        return _result(await self._trainer.unpacked(path, data, Outcome))
+
+    async def exchange(
+        self, ops: Sequence[tuple[int, Op]], acked: int, wanted: tuple[int, int] | None
+    ) -> list[Result]:
+        path = f"{self._path}/ops"
+        numbered = [Numbered(seq, op) for seq, op in ops]
+        asked = Exchange(numbered, self._fence or 0, acked, wanted, MAX_WAIT_S)
+        body = await _packed(asked, sum(_bytes(op) for _, op in ops))
+        found = await self._trainer.answer("POST", path, Outcomes, body)
+        while wanted is not None and not found.outcomes:
+            again = _encode(msgspec.structs.replace(asked, ops=[]))
+            found = await self._trainer.answer("POST", path, Outcomes, again)
+        return [_result(outcome) for outcome in found.outcomes]
 
     async def cancel_ops(self) -> RunStatus:
-        response = await self._trainer.ask("DELETE", f"{self._path}/ops", params=self._params())
-        return self._trainer.decoded(response, RunStatus)
+        path = f"{self._path}/ops{self._query()}"
+        return await self._trainer.answer("DELETE", path, RunStatus)
 
     async def unload(self) -> None:
-        await self._trainer.ask("POST", f"{self._path}/unload", params=self._params())
+        await self._trainer.ask("POST", f"{self._path}/unload{self._query()}")
 
     async def delete(self) -> None:
-        await self._trainer.ask("DELETE", self._path, params=self._params())
+        await self._trainer.ask("DELETE", self._path + self._query())
 
     async def download(self, name: str, files: Sequence[SavedFile], folder: Path) -> None:
         for file in files:
@@ -262,9 +276,9 @@ class RunClient:
     async def _fetch(self, name: str, file: SavedFile, target: Path) -> None:
         path = f"{self._path}/files/{quote(name, safe='')}/{quote(file.name, safe='')}"
         digest = hashlib.sha256()
-        async with self._trainer.answering("GET", path) as response:
+        async with self._trainer.answering("GET", path) as reply:
             with target.open("wb") as out:
-                async for chunk in self._trainer.chunks(response):
+                async for chunk in self._trainer.chunks(reply):
                     digest.update(chunk)
                     await asyncio.to_thread(out.write, chunk)
         if digest.hexdigest() != file.sha256:
@@ -274,16 +288,29 @@ class RunClient:
                 "was written: its digest differs"
             )
 
-    def _params(self, **params: Any) -> dict[str, Any]:
-        return params if self._fence is None else {**params, "fence": self._fence}
-
-    def _result(self, outcome: Outcome) -> Result:
-        failure = outcome.failure
-        if failure is not None:
-            raise _CODES.get(failure.code, errors.TrainingFailed)(failure.message)
-        return outcome.result or Result()
+    def _query(self, **params: float) -> str:
+        fence = {} if self._fence is None else {"fence": self._fence}
+        query = urlencode(params | fence)
+        return f"?{query}" if query else ""
 
 
-async def _packed(message: msgspec.Struct) -> bytes:
+def _result(outcome: Outcome) -> Result:
+    failure = outcome.failure
+    if failure is not None:
+        raise _CODES.get(failure.code, errors.TrainingFailed)(failure.message)
+    return outcome.result or Result()
+
+
+def _bytes(op: Op) -> int:
+    """About how large an op is as a message; all but passes are small."""
+    if not isinstance(op, ForwardBackward):
+        return 0
+    fields = 5  # of a datum, each as long as its tokens
+    return fields * sum(len(datum.tokens.data) for datum in op.data)
+
+
+async def _packed(message: msgspec.Struct, size: int) -> bytes:
     """As msgpack; a batch of many megabytes keeps nobody else waiting."""
+    if size <= INLINE_BYTES:
+        return _encode(message)
     return await asyncio.to_thread(_encode, message)

@@ -27,6 +27,7 @@ from app.errors import (
     Fenced,
     LoragateError,
     NonFiniteLoss,
+    RequestError,
     RunLost,
     TrainerUnavailable,
 )
@@ -226,6 +227,23 @@ class FakeRun:
         if live.failed is not None:
             raise live.failed
         raise AssertionError(f"nobody handed over op {seq}, or its outcome was given up")
+
+    async def exchange(
+        self, ops: Sequence[tuple[int, Op]], acked: int, wanted: tuple[int, int] | None
+    ) -> list[Result]:
+        self.worker.trouble("exchange")
+        for seq, op in ops:
+            await self.submit(seq, op, acked)
+        found: list[Result] = []
+        first, last = wanted or (1, 0)
+        for seq in range(first, last + 1):
+            try:
+                found.append(await self.outcome(seq))
+            except RequestError:
+                if not found:
+                    raise
+                break
+        return found
 
     async def cancel_ops(self) -> RunStatus:
         self.worker.trouble("cancel_ops")

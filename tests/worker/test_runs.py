@@ -27,6 +27,7 @@ from app.ops import (
     Op,
     OpenRun,
     OptimStep,
+    Outcome,
     Sample,
     SaveForSampling,
     SaveState,
@@ -117,6 +118,45 @@ async def test_a_wait_ends_with_nothing(worker: Worker) -> None:
     assert await worker.runs.outcome("a", 2, fence=1, wait_s=0) is None
     with pytest.raises(RunLost, match="no outcome of op 3"):
         await worker.outcome(3)
+
+
+async def test_several_outcomes_come_once_the_last_one_is_there(worker: Worker) -> None:
+    await worker.open()
+    worker.trainer.gate.clear()
+    for seq in (1, 2, 3):
+        worker.submit(seq, passing(seq))
+    assert await worker.runs.outcomes("a", 1, 2, fence=1, wait_s=0.01) == []
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(worker.runs.outcomes("a", 1, 2, fence=1, wait_s=10))
+        await until(lambda: worker.trainer.calls)
+        assert not waiting.done()
+        worker.trainer.gate.set()
+    assert [sequence_of(each) for each in waiting.result()] == [1, 2]
+    await worker.outcome(3)
+    worker.submit(9, passing(9))  # for which somebody would wait
+    found = await worker.runs.outcomes("a", 2, 9, fence=1, wait_s=0.01)
+    assert [sequence_of(each) for each in found] == [2, 3]
+    with pytest.raises(RunLost, match="no outcome of op 4"):
+        await worker.runs.outcomes("a", 4, 9, fence=1, wait_s=0)
+
+
+async def test_a_failure_among_several_outcomes_is_told_when_it_is_the_first(
+    worker: Worker,
+) -> None:
+    await worker.open()
+    worker.submit(3, OptimStep(0.1))
+    worker.submit(2, passing(2, fail=1))
+    worker.submit(1, passing(1))
+    (done,) = await worker.runs.outcomes("a", 1, 3, fence=1, wait_s=10)
+    assert sequence_of(done) == 1
+    (failed,) = await worker.runs.outcomes("a", 2, 3, fence=1, wait_s=10)
+    outcome = msgspec.msgpack.decode(failed, type=Outcome)
+    assert outcome.failure is not None
+    assert outcome.failure.code == "non_finite_loss"
+
+
+def sequence_of(outcome: bytes) -> int:
+    return msgspec.msgpack.decode(outcome, type=Outcome).seq
 
 
 async def test_a_failed_op_fails_what_follows_until_it_is_cancelled(worker: Worker) -> None:

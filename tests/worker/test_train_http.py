@@ -237,6 +237,37 @@ async def test_a_long_wait_ends_when_the_outcome_is_there(
     assert waiting.result().metrics
 
 
+async def test_a_step_is_one_request(worker: Worker, client: TrainerClient) -> None:
+    run = client.run("a")
+    await run.open("tiny", SPEC, 1)
+    steps = [[(seq, passing(seq)), (seq + 1, OptimStep(0.5))] for seq in (1, 3, 5)]
+    assert await run.exchange(steps[0], 0, None) == []
+    first = await run.exchange(steps[1], 0, (1, 2))
+    assert first[0].metrics["tokens:sum"] == 2
+    assert "grad_norm:mean" in first[1].metrics
+    assert await run.exchange(steps[1], 0, (1, 2)) == first, "asked again it is the same"
+    await run.exchange(steps[2], 2, (3, 6))
+    with pytest.raises(RunLost, match="no outcome of op 2"):
+        await run.exchange([], 0, (2, 6))
+    with pytest.raises(Conflict):
+        await run.exchange([(6, OptimStep(0.1))], 0, (6, 6))
+    await client.run("a").open("tiny", SPEC, 2)
+    with pytest.raises(Fenced):
+        await run.exchange([], 0, (6, 6))
+
+
+async def test_who_waits_for_several_may_leave(worker: Worker, client: TrainerClient) -> None:
+    run = client.run("a")
+    await run.open("tiny", SPEC, 1)
+    worker.trainer.gate.clear()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await run.exchange([(1, passing(1))], 0, (1, 1))
+    worker.trainer.gate.set()
+    (result,) = await run.exchange([], 0, (1, 1))
+    assert result.metrics["tokens:sum"] == 2
+
+
 async def test_it_ends_at_once_though_somebody_waits(start: Callable[..., Worker]) -> None:
     worker = start()
     async with worker.client() as client:
@@ -274,12 +305,15 @@ OPEN = {"base_model": "tiny", "lora": {"rank": 4, "alpha": 8, "target_modules": 
         ("/runs/a/ops/1", {"op": {"op": "save_state", "name": "x"}}, "`name`"),
         ("/runs/a/ops/1", {"op": {"op": "save_state"}, "sequence": 1}, "`sequence`"),
         ("/runs/a/ops/1", [1, 2], "Expected `object`"),
+        ("/runs/a/ops", {"ops": [{"seq": 1, "op": {"op": "explode"}}]}, "'explode'"),
+        ("/runs/a/ops", {"wanted": [1]}, "length 2"),
     ],
 )
 def test_what_is_wrong_with_a_body_is_named(
     worker: Worker, path: str, body: Any, said: str
 ) -> None:
-    assert said in error(worker.ask("PUT", path, body), 400, "invalid_request")
+    method = "POST" if path.endswith("ops") else "PUT"
+    assert said in error(worker.ask(method, path, body), 400, "invalid_request")
 
 
 def test_what_is_no_msgpack(worker: Worker) -> None:

@@ -39,6 +39,8 @@ from app.ops import (
     MAX_WAIT_S,
     MEDIA_TYPE,
     PREFIX,
+    Exchange,
+    Op,
     OpenRun,
     RenderReply,
     RenderRequest,
@@ -72,6 +74,7 @@ STATUS: dict[type[LoragateError], int] = {
 
 _encode = msgspec.msgpack.Encoder().encode
 _submit = msgspec.msgpack.Decoder(Submit)
+_exchange = msgspec.msgpack.Decoder(Exchange)
 _open = msgspec.msgpack.Decoder(OpenRun)
 _render = msgspec.msgpack.Decoder(RenderRequest)
 
@@ -85,6 +88,7 @@ def training_routes(api_key: str | None, *, on: bool) -> Mount:
         Route("/render", _rendering, methods=["POST"]),
         Route("/runs/{run}", _opening, methods=["PUT"]),
         Route("/runs/{run}", _deleting, methods=["DELETE"]),
+        Route("/runs/{run}/ops", _exchanging, methods=["POST"]),
         Route("/runs/{run}/ops", _cancelling, methods=["DELETE"]),
         Route("/runs/{run}/ops/{seq:int}", _submitting, methods=["PUT"]),
         Route("/runs/{run}/ops/{seq:int}", _outcome, methods=["GET"]),
@@ -102,6 +106,12 @@ def training_routes(api_key: str | None, *, on: bool) -> Mount:
         },
     )
     return Mount(PREFIX, app=app)
+
+
+class LargePieces(FileResponse):
+    """A file in few pieces: each is a change of threads, and an adapter has some megabytes."""
+
+    chunk_size = 1 << 20
 
 
 class KeyCheck:
@@ -160,18 +170,38 @@ async def _submitting(request: Request) -> Response:
     return Response(status_code=202)
 
 
+async def _exchanging(request: Request) -> Response:
+    asked, new = await _read(request, _exchanged)
+    run, runs = _run(request), training(request).runs
+    for each in new:
+        runs.submit(run, each, fence=asked.fence, acked=asked.acked)
+    if asked.wanted is None:
+        return Response(_outcomes([]), media_type=MEDIA_TYPE)
+    found = await _found(request, *asked.wanted, fence=asked.fence, wait_s=asked.wait_s)
+    return Response(_outcomes(found), media_type=MEDIA_TYPE)
+
+
 async def _outcome(request: Request) -> Response:
-    wait_s = min(_number(request, "wait_s", float) or 0.0, MAX_WAIT_S)
+    wait_s = _number(request, "wait_s", float) or 0.0
     fence = _number(request, "fence", int)
     seq: int = request.path_params["seq"]
-    runs, run = training(request).runs, _run(request)
-    found = await runs.outcome(run, seq, fence=fence, wait_s=0)
-    if found is None and wait_s > 0:
-        waiting = runs.outcome(run, seq, fence=fence, wait_s=wait_s)
-        found = await while_present(request.receive, waiting)
-    if found is None:
+    found = await _found(request, seq, seq, fence=fence, wait_s=wait_s)
+    if not found:
         return Response(status_code=204)
-    return Response(found, media_type=MEDIA_TYPE)
+    return Response(found[0], media_type=MEDIA_TYPE)
+
+
+async def _found(
+    request: Request, first: int, last: int, *, fence: int | None, wait_s: float
+) -> list[bytes]:
+    """The outcomes of some ops; whoever waits for the last one may leave."""
+    run, runs = _run(request), training(request).runs
+    found = await runs.outcomes(run, first, last, fence=fence, wait_s=0)
+    wait_s = min(wait_s, MAX_WAIT_S)
+    if len(found) > last - first or wait_s <= 0:
+        return found
+    waiting = runs.outcomes(run, first, last, fence=fence, wait_s=wait_s)
+    return await while_present(request.receive, waiting)
 
 
 async def _unloading(request: Request) -> Response:
@@ -181,7 +211,7 @@ async def _unloading(request: Request) -> Response:
 
 async def _file(request: Request) -> Response:
     name, file = request.path_params["name"], request.path_params["file"]
-    return FileResponse(
+    return LargePieces(
         await training(request).runs.file(_run(request), name, file),
         media_type="application/octet-stream",
     )
@@ -223,9 +253,23 @@ async def _read(request: Request, parse: Callable[[bytes], T]) -> T:
 
 def _received(seq: int, body: bytes) -> tuple[Submit, Waiting]:
     asked = _submit.decode(body)
+    return asked, _waiting(seq, asked.op)
+
+
+def _exchanged(body: bytes) -> tuple[Exchange, list[Waiting]]:
+    asked = _exchange.decode(body)
+    return asked, [_waiting(each.seq, each.op) for each in asked.ops]
+
+
+def _waiting(seq: int, op: Op) -> Waiting:
     # Fence and acked differ between two deliveries of one op; the digest is of the op alone.
-    digest = hashlib.sha256(_encode(asked.op)).digest()
-    return asked, Waiting(seq, asked.op, digest, len(body))
+    packed = _encode(op)
+    return Waiting(seq, op, hashlib.sha256(packed).digest(), len(packed))
+
+
+def _outcomes(found: list[bytes]) -> bytes:
+    """An `ops.Outcomes` of outcomes that are packed already."""
+    return _encode({"outcomes": [msgspec.Raw(each) for each in found]})
 
 
 def _run(request: Request) -> str:

@@ -148,6 +148,24 @@ class OpLog:
             raise self.failure
         return _encode(Outcome(seq, failure=Failure(self.failure.code, str(self.failure))))
 
+    def outcomes(self, first: int, last: int) -> list[bytes]:
+        """The outcomes of ops `first` to `last` as far as they are there, one after another.
+
+        Raises as `outcome` does, of the first one.
+        """
+        found = []
+        for seq in range(first, last + 1):
+            if (done := self._done.get(seq)) is None:
+                break
+            found.append(done.outcome)
+        if not found and (one := self.outcome(first)) is not None:
+            found.append(one)
+        return found
+
+    def awaited(self, seq: int) -> bool:
+        """Whether an op has arrived, and something is still to become of it."""
+        return seq in self._waiting and self.failure is None
+
     def _acknowledge(self, acked: int) -> None:
         for seq in [seq for seq in self._done if seq <= acked]:
             del self._done[seq]

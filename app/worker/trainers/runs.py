@@ -174,11 +174,18 @@ class Runs:
         self, run: str, seq: int, *, fence: int | None, wait_s: float
     ) -> bytes | None:
         """The outcome of an op as msgpack, or None if there is none within `wait_s`."""
-        found = self._find(run, fence).log.outcome(seq)
-        if found is None and wait_s > 0 and self._leaving is None:
-            await self._live[run].news(seq, wait_s)
-            found = self._find(run, fence).log.outcome(seq)
-        return found
+        found = await self.outcomes(run, seq, seq, fence=fence, wait_s=wait_s)
+        return found[0] if found else None
+
+    async def outcomes(
+        self, run: str, first: int, last: int, *, fence: int | None, wait_s: float
+    ) -> list[bytes]:
+        """Those of ops `first` to `last` that are there, once the last one is or time is over."""
+        log = self._find(run, fence).log
+        if wait_s > 0 and self._leaving is None and log.awaited(last):
+            await self._live[run].news(last, wait_s)
+            log = self._find(run, fence).log
+        return log.outcomes(first, last)
 
     async def cancel(self, run: str, *, fence: int | None) -> RunStatus:
         """Cancel every op that has not begun; answers once none is being done."""

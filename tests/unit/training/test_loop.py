@@ -117,6 +117,15 @@ def test_some_ops_are_handed_over_ahead(made: Batches) -> None:
     assert submitted[0] == LOOK_AHEAD
 
 
+def test_a_step_is_one_request(long: Batches) -> None:
+    worker = FakeWorker()
+    asked: list[str] = []
+    worker.trouble = asked.append
+    uninterrupted(long, worker)
+    # Two requests more as it begins, when nothing is to be collected yet; one for the weights.
+    assert asked.count("exchange") == 30 + 2 + 1
+
+
 @given(st.data(), st.integers(0, 4), st.integers(1, 3))
 def test_killed_at_any_moment_it_comes_to_the_same(
     made: Batches, data: st.DataObject, eager: int, every: int

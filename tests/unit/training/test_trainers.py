@@ -16,13 +16,20 @@ from app.db.blobs import AdapterStore
 from app.domain import LoraSpec, Trainer, TrainerKind
 from app.errors import StorageUnavailable, TrainerError, TrainerUnavailable
 from app.ops import (
+    MAX_WAIT_S,
+    Datum,
+    Exchange,
     Failure,
+    ForwardBackward,
+    Numbered,
     OptimStep,
     Outcome,
+    Outcomes,
     Result,
     RunStatus,
     SavedFile,
     Submit,
+    Tensor,
 )
 from app.training.run import Run, TrainerHost
 from app.training.trainers import RunClient, TrainerClient
@@ -127,6 +134,35 @@ async def test_an_outcome_is_asked_for_until_it_is_there(script: Script, run: Ru
     assert [path.partition("?")[2] for _, path, _, _ in script.asked] == ["wait_s=30.0"] * 3
 
 
+async def test_ops_and_outcomes_go_together(script: Script, run: RunClient) -> None:
+    one, other = Outcome(1, Result(metrics={"loss:sum": 1.0})), Outcome(2, Result())
+    script.answers = [
+        (200, pack(STATUS)),
+        (200, pack(Outcomes([]))),
+        (200, pack(Outcomes([one, other]))),
+        (200, pack(Outcomes([]))),
+    ]
+    await run.open("tiny", SPEC, 7)
+    assert await run.exchange([(3, OptimStep(0.5))], 1, (1, 2)) == [one.result, other.result]
+    assert await run.exchange([], 2, None) == []
+    sent = [msgspec.msgpack.decode(body, type=Exchange) for *_, body in script.asked[1:]]
+    handed = Exchange([Numbered(3, OptimStep(0.5))], 7, 1, (1, 2), MAX_WAIT_S)
+    # What was handed over is there: only the question is repeated.
+    again = msgspec.structs.replace(handed, ops=[])
+    assert sent == [handed, again, Exchange([], 7, 2, None, MAX_WAIT_S)]
+    assert {path for _, path, _, _ in script.asked[1:]} == {"/train/v1/runs/job%3A1/ops"}
+
+
+async def test_a_large_batch_and_a_large_answer(script: Script, run: RunClient) -> None:
+    ids = Tensor("int32", (100_000,), bytes(400_000))
+    result = Result(outputs=[ids])
+    script.answers = [(200, pack(Outcomes([Outcome(1, result)])))]
+    op = ForwardBackward([Datum(ids, ids)])
+    assert await run.exchange([(1, op)], 0, (1, 1)) == [result]
+    sent = msgspec.msgpack.decode(script.asked[0][3], type=Exchange)
+    assert sent.ops == [Numbered(1, op)]
+
+
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
@@ -188,10 +224,19 @@ async def test_nobody_is_there() -> None:
             await client.info()
 
 
-async def test_a_url_that_is_none() -> None:
-    async with TrainerClient(trainer("http://[broken")) as client:
-        with pytest.raises(TrainerUnavailable):
+@pytest.mark.parametrize("url", ["http://[broken", "http://a:port", "ftp://a", "a:80", ""])
+async def test_a_url_that_is_none(url: str) -> None:
+    async with TrainerClient(trainer(url)) as client:
+        with pytest.raises(TrainerUnavailable, match="its URL is"):
             await client.info()
+
+
+async def test_https_is_spoken_where_the_url_says_so(script: Script) -> None:
+    secure = trainer(script.url.replace("http:", "https:"))
+    async with TrainerClient(secure, connect_s=0.1) as client:
+        with pytest.raises(TrainerUnavailable, match="cannot be reached"):
+            await client.info()
+    assert script.asked == []
 
 
 def saved(data: bytes, name: str = "f") -> SavedFile:
