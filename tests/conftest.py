@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first, and what shares a server stays in one process (`pytest -n 2`)."""
+    """Let what takes long come first, and what shares a server stay in one process (`-n 2`)."""
     items.sort(key=_turn)
     for item in items:
         group = "vllm" if item.get_closest_marker("vllm") else item.nodeid.partition("::")[0]
