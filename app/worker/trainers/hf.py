@@ -171,7 +171,7 @@ class HfTrainer:
 
     def probe(self, run: str, token_ids: Sequence[Sequence[int]]) -> Probe:
         state = self._run(run)
-        group = Group(state.layout, [state.weights])
+        group = Group(state.layout, [state.weights], self._model.dtype)
         rows = []
         try:
             with torch.no_grad():

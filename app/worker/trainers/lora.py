@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,14 +77,42 @@ class Layout:
         return vector
 
 
-class Group:
-    """Runs of one layout in a pass: their weights, [runs, size], and the gradient so far."""
+class Pair(NamedTuple):
+    """A and B of a module, [runs, rank, in] and [runs, out, rank], and views of their gradients.
 
-    def __init__(self, layout: Layout, weights: Sequence[Tensor]) -> None:
+    A and B are in the base's number format, the gradients in float32.
+    """
+
+    down: Tensor
+    up: Tensor
+    of_down: Tensor
+    of_up: Tensor
+
+
+class Group:
+    """Runs of one layout in a pass: their weights, and the gradient so far, float32 [runs, size].
+
+    `dtype` is the base's number format.
+    """
+
+    def __init__(self, layout: Layout, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+        stacked = torch.stack(list(weights))
         self.layout = layout
-        self.weights = torch.stack(list(weights))
-        self.gradient = torch.zeros_like(self.weights)
-        self.parts = {part.module: part for part in layout.parts}
+        self.gradient = torch.zeros_like(stacked)
+        self._whole = dict(_pairs(layout, stacked.to(dtype), self.gradient))
+        self._each: dict[str, list[Pair]] = {}
+
+    def pair(self, module: str, first: int, runs: int) -> Pair | None:
+        """Those of `runs` runs from `first` on; None for a module that has no adapter."""
+        whole = self._whole.get(module)
+        if whole is None or runs == len(self.gradient):
+            return whole
+        if runs > 1:
+            return Pair(*(weights[first : first + runs] for weights in whole))
+        if module not in self._each:
+            views = zip(*(weights.split(1) for weights in whole), strict=True)
+            self._each[module] = [Pair(*each) for each in views]
+        return self._each[module][first]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +128,6 @@ class Lane:
     start: int
     stop: int
 
-    def cut(self, batch: Tensor) -> Tensor:
-        """Its part of [1, tokens, features] as [runs, tokens each, features]; a view."""
-        return batch[0, self.start : self.stop].view(self.runs, -1, batch.shape[-1])
-
     def within(self, start: int, stop: int) -> list[Lane]:
         """What of it is among these tokens, counted from their first."""
         if start <= self.start and self.stop <= stop:
@@ -116,11 +140,9 @@ class Lane:
                 found.append(Lane(self.group, self.first + run, 1, begin - start, end - start))
         return found
 
-    def pair(self, module: str, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Its runs' A and B of a module, of vectors as the group has them; views."""
-        layout, part = self.group.layout, self.group.parts[module]
-        mine = vectors[self.first : self.first + self.runs]
-        return layout.down(part, mine), layout.up(part, mine)
+    def pair(self, module: str) -> Pair | None:
+        """Its runs' A and B of a module."""
+        return self.group.pair(module, self.first, self.runs)
 
 
 @dataclass(eq=False)
@@ -132,11 +154,12 @@ class Site:
     lanes: list[Lane] = field(default_factory=list)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        lanes = [lane for lane in self.lanes if self.name in lane.group.parts]
+        lanes = tuple(self.lanes)
+        pairs = [lane.pair(self.name) for lane in lanes]
         apply: Any = _Adapted.apply
         # Weights of runs are no autograd tensors: what makes a gradient come here is the anchor.
-        anchor = torch.empty(0, requires_grad=True) if lanes else None
-        return cast(Tensor, apply(inputs, anchor, self, lanes))
+        anchor = torch.empty(0, requires_grad=True) if any(pairs) else None
+        return cast(Tensor, apply(inputs, anchor, self.linear, lanes, pairs))
 
 
 class Sites:
@@ -224,6 +247,24 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def _pairs(layout: Layout, weights: Tensor, gradient: Tensor) -> Iterator[tuple[str, Pair]]:
+    """Every module and its views of weights and gradient, [runs, size] both.
+
+    Cut at one go: on a small model views one by one take longer than products.
+    """
+    sizes, shapes = [], []
+    for part in layout.parts:
+        shapes += [(layout.rank, part.in_features), (part.out_features, layout.rank)]
+        sizes += [part.up - part.down, part.out_features * layout.rank]
+    ours, theirs = (
+        [flat.view(-1, *shape) for flat, shape in zip(whole.split(sizes, 1), shapes, strict=True)]
+        for whole in (weights, gradient)
+    )
+    for number, part in enumerate(layout.parts):
+        both = slice(2 * number, 2 * number + 2)
+        yield part.module, Pair(*ours[both], *theirs[both])
+
+
 class _Adapted(torch.autograd.Function):
     """linear(x) + scaling · x Aᵀ Bᵀ, where A and B are of the run a token belongs to.
 
@@ -234,33 +275,63 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, anchor: Tensor | None, site: Site, at: list[Lane]
+        ctx: Any,
+        inputs: Tensor,
+        anchor: Tensor | None,
+        linear: nn.Linear,
+        lanes: Sequence[Lane],
+        pairs: Sequence[Pair | None],
     ) -> Tensor:
         inputs = inputs.contiguous()
-        output = product(inputs, site.linear.weight, site.linear.bias)
-        saved = [inputs]
-        for lane in at:
-            down, up = (each.to(inputs.dtype) for each in lane.pair(site.name, lane.group.weights))
-            inner = torch.bmm(lane.cut(inputs), down.mT)
-            lane.cut(output).baddbmm_(inner, up.mT, alpha=lane.group.layout.scaling)
-            saved += (inner, down, up)
-        ctx.save_for_backward(*saved)
-        ctx.site, ctx.lanes = site, at
+        output = product(inputs, linear.weight, linear.bias)
+        inners: list[Tensor | None] = []
+        cuts = _cut(inputs, lanes), _cut(output, lanes)
+        for lane, pair, own, its in zip(lanes, pairs, *cuts, strict=True):
+            inner = None
+            if pair is not None:
+                inner = torch.bmm(own, pair.down.mT)
+                its.baddbmm_(inner, pair.up.mT, alpha=lane.group.layout.scaling)
+            inners.append(inner)
+        ctx.save_for_backward(inputs, *inners)
+        ctx.linear, ctx.lanes, ctx.pairs = linear, lanes, pairs
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        inputs, *saved = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        into = product(grad, ctx.site.linear.weight.mT) if ctx.needs_input_grad[0] else None
-        for lane, inner, down, up in zip(
-            ctx.lanes, saved[0::3], saved[1::3], saved[2::3], strict=True
-        ):
-            outer = lane.cut(grad)
-            between = torch.bmm(outer, up).mul_(lane.group.layout.scaling)
-            if into is not None:
-                lane.cut(into).baddbmm_(between, down)
-            of_down, of_up = lane.pair(ctx.site.name, lane.group.gradient)
-            of_down.add_(torch.bmm(between.mT, lane.cut(inputs)))
-            of_up.add_(torch.bmm(outer.mT, inner), alpha=lane.group.layout.scaling)
-        return into, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        inputs, *inners = ctx.saved_tensors
+        grad, lanes = grads[0].contiguous(), ctx.lanes
+        into = product(grad, ctx.linear.weight.mT) if ctx.needs_input_grad[0] else None
+        cuts = (
+            _cut(inputs, lanes),
+            _cut(grad, lanes),
+            [None] * len(lanes) if into is None else _cut(into, lanes),
+        )
+        for lane, pair, inner, own, outer, its in zip(lanes, ctx.pairs, inners, *cuts, strict=True):
+            if pair is None:
+                continue
+            scaling = lane.group.layout.scaling
+            between = torch.bmm(outer, pair.up)
+            if its is not None:
+                its.baddbmm_(between, pair.down, alpha=scaling)
+            _add_product(pair.of_down, between.mT, own, scaling)
+            _add_product(pair.of_up, outer.mT, inner, scaling)
+        return into, None, None, None, None
+
+
+def _cut(batch: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
+    """The lanes' parts of [1, tokens, features] as [runs, tokens each, features]; views."""
+    if not lanes:
+        return []
+    parts = batch.split([lane.stop - lane.start for lane in lanes], 1)
+    return [
+        part if lane.runs == 1 else part.view(lane.runs, -1, batch.shape[-1])
+        for lane, part in zip(lanes, parts, strict=True)
+    ]
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor, scaling: float) -> None:
+    """Add scaling · one · other to a total in float32."""
+    if one.dtype == total.dtype:
+        total.baddbmm_(one, other, alpha=scaling)
+    else:
+        total.add_(torch.bmm(one, other), alpha=scaling)

@@ -67,7 +67,7 @@ def compute(model: SharedModel, works: Sequence[Work], limit: int) -> None:
 
 
 def _together(model: SharedModel, works: Sequence[Work], limit: int, learns: bool) -> None:
-    seats = _seats(works)
+    seats = _seats(works, model.dtype)
     units = [unit for owner, seat in enumerate(seats) for unit in _units(owner, seat.work.task)]
     try:
         for shares in batches(units, limit):
@@ -119,14 +119,14 @@ def _evaluate(
     return value
 
 
-def _seats(works: Sequence[Work]) -> list[Seat]:
+def _seats(works: Sequence[Work], dtype: torch.dtype) -> list[Seat]:
     """Stack the weights of works of one layout; those of one group are beside each other."""
     by_layout: dict[Layout, list[Work]] = {}
     for work in works:
         by_layout.setdefault(work.layout, []).append(work)
     seats = []
     for layout, members in by_layout.items():
-        group = Group(layout, [work.weights for work in members])
+        group = Group(layout, [work.weights for work in members], dtype)
         seats += [Seat(work, group, run) for run, work in enumerate(members)]
     return seats
 
