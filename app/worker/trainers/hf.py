@@ -31,7 +31,7 @@ from app.ops import OptimStep
 from app.settings import Settings
 from app.worker import losses
 from app.worker.samplers.model import CausalModel
-from app.worker.trainers import runfiles
+from app.worker.trainers import heap, runfiles
 from app.worker.trainers.adamw import Moments, adamw, clip
 from app.worker.trainers.base import Example, Facts, Pass, PassResult
 from app.worker.trainers.lora import Group, Layout, lanes
@@ -78,6 +78,8 @@ class HfTrainer:
     ) -> None:
         checkpointing = settings.worker_gradient_checkpointing
         self._model = SharedModel(model, checkpointing=checkpointing)
+        if self._model.device.type == "cpu":
+            heap.keep()
         count = side_by_side or _side_by_side(self._model.device)
         others = [SharedModel(model, checkpointing=checkpointing) for _ in range(count - 1)]
         self._models = [self._model, *others]
