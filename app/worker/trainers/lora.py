@@ -322,7 +322,8 @@ def _cut(batch: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
     """The lanes' parts of [1, tokens, features] as [runs, tokens each, features]; views."""
     if not lanes:
         return []
-    parts = batch.split([lane.stop - lane.start for lane in lanes], 1)
+    # Not `split`, which is Python before it comes to this.
+    parts = batch.split_with_sizes([lane.stop - lane.start for lane in lanes], 1)
     return [
         part if lane.runs == 1 else part.view(lane.runs, -1, batch.shape[-1])
         for lane, part in zip(lanes, parts, strict=True)
