@@ -110,8 +110,8 @@ class Group:
         if runs > 1:
             return Pair(*(weights[first : first + runs] for weights in whole))
         if module not in self._each:
-            views = zip(*(weights.split(1) for weights in whole), strict=True)
-            self._each[module] = [Pair(*each) for each in views]
+            views = (weights.split_with_sizes([1] * len(weights)) for weights in whole)
+            self._each[module] = [Pair(*each) for each in zip(*views, strict=True)]
         return self._each[module][first]
 
 
@@ -256,9 +256,9 @@ def _pairs(layout: Layout, weights: Tensor, gradient: Tensor) -> Iterator[tuple[
     for part in layout.parts:
         shapes += [(layout.rank, part.in_features), (part.out_features, layout.rank)]
         sizes += [part.up - part.down, part.out_features * layout.rank]
+    cuts = (whole.split_with_sizes(sizes, 1) for whole in (weights, gradient))
     ours, theirs = (
-        [flat.view(-1, *shape) for flat, shape in zip(whole.split(sizes, 1), shapes, strict=True)]
-        for whole in (weights, gradient)
+        [flat.view(-1, *shape) for flat, shape in zip(cut, shapes, strict=True)] for cut in cuts
     )
     for number, part in enumerate(layout.parts):
         both = slice(2 * number, 2 * number + 2)
