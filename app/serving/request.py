@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from app.errors import InvalidJson, InvalidRequest
+from app.serving.shapes import PeekChat, PeekCompletion, PeekInput
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -29,37 +30,10 @@ _STREAM_OPTIONS_PATHS = frozenset({COMPLETIONS, CHAT})
 _ARRAY_OF_ONE = re.compile(rb'\[\s*("[^"\\]*+(?:\\.[^"\\]*+)*+"|\[[^\[\]]*+\])\s*\]', re.DOTALL)
 _ARRAY_OF_PROMPTS = re.compile(rb'\[[ \t\r\n]*["\[]')
 
-
-_NOTHING = msgspec.Raw()
-
-
-class _Peek(msgspec.Struct, gc=False):
-    model: Any = msgspec.UNSET
-    user: Any = None
-    stream: Any = False
-    stream_options: Any = None
-    prompt_logprobs: Any = None
-
-
-class _PeekCompletion(_Peek, gc=False):
-    content: msgspec.Raw = msgspec.field(default=_NOTHING, name="prompt")
-    echo: Any = False
-    logprobs: Any = None
-    max_tokens: Any = None
-
-
-class _PeekChat(_Peek, gc=False):
-    content: msgspec.Raw = msgspec.field(default=_NOTHING, name="messages")
-
-
-class _PeekInput(_Peek, gc=False):
-    content: msgspec.Raw = msgspec.field(default=_NOTHING, name="input")
-
-
-_peek_input: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_PeekInput)
+_peek_input: msgspec.json.Decoder[Any] = msgspec.json.Decoder(PeekInput)
 _peeks: dict[str, msgspec.json.Decoder[Any]] = {
-    COMPLETIONS: msgspec.json.Decoder(_PeekCompletion),
-    CHAT: msgspec.json.Decoder(_PeekChat),
+    COMPLETIONS: msgspec.json.Decoder(PeekCompletion),
+    CHAT: msgspec.json.Decoder(PeekChat),
 }
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
@@ -188,7 +162,7 @@ def parse(path: str, body: bytes) -> InferenceRequest:
     return request
 
 
-def _look_at_completion(request: InferenceRequest, peek: _PeekCompletion) -> None:
+def _look_at_completion(request: InferenceRequest, peek: PeekCompletion) -> None:
     if peek.echo is True and peek.logprobs is not None:
         request.wants_prompt_logprobs = True
     content = peek.content

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from asyncio import Future
-from typing import Annotated
 
 import msgspec
 
 from app.backends.base import Push
+from app.serving.shapes import Counts
 
 _KEY = b'"usage":'
 #: Enough for any usage object.
@@ -32,16 +32,7 @@ _BETWEEN_EVENTS = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
 #: An event longer than this is passed on in pieces.
 _EVENT_BYTES = 1 << 20
 
-
-_Tokens = Annotated[int, msgspec.Meta(ge=0, lt=10**12)]
-
-
-class _Counts(msgspec.Struct, gc=False):
-    prompt_tokens: _Tokens
-    completion_tokens: _Tokens
-
-
-_counts = msgspec.json.Decoder(_Counts)
+_counts = msgspec.json.Decoder(Counts)
 _NO_COUNTS = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 
 
