@@ -219,7 +219,7 @@ def _too_late() -> DeadlineExceeded:
 def _upstream_headers(headers: dict[bytes, bytes], rid: bytes) -> bytes:
     lines = b"x-request-id: %b\r\n" % rid
     if not _FORWARDED.isdisjoint(headers):
-        for name in sorted(_FORWARDED & headers.keys()):
+        for name in sorted(_FORWARDED.intersection(headers)):
             lines += b"%b: %b\r\n" % (name, headers[name])
     return lines
 
