@@ -9,11 +9,13 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from importlib.machinery import EXTENSION_SUFFIXES
 from typing import TypedDict
 
 from fastapi import FastAPI
 
 from app import demo
+from app.api import inference
 from app.api.rooms import Rooms
 from app.backends.base import Backend
 from app.backends.megatron import MegatronBackend
@@ -247,6 +249,7 @@ def _announce(rooms: Rooms) -> None:
         logger,
         logging.INFO,
         Event.GATEWAY_STARTED,
+        compiled=str(inference.__file__).endswith(tuple(EXTENSION_SUFFIXES)),
         adapters=len(snapshot.adapters),
         pools=sorted(snapshot.pools),
         replicas={replica.url: replica.state.value for replica in rooms.fleet.live()},

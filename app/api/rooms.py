@@ -16,7 +16,7 @@ from app.domain import Trainer
 from app.jobs.runner import Runner
 from app.serving.fleet import Fleet
 from app.serving.meter import Meter
-from app.serving.request_path import RequestPath
+from app.serving.request_path import Serving
 from app.serving.snapshot import Snapshots
 from app.settings import Settings
 
@@ -33,7 +33,7 @@ class Rooms:
     snapshots: Snapshots
     fleet: Fleet
     meter: Meter
-    request_path: RequestPath
+    request_path: Serving
     driver: Driver
     publish: Activator
     reap: Activator

@@ -14,7 +14,7 @@ from app.domain import Principal, Scope
 from app.errors import InvalidRequest, UpstreamError
 from app.serving.batches import whole
 from app.serving.request import COMPLETIONS, parse
-from app.serving.request_path import RequestPath
+from app.serving.request_path import Serving
 from app.serving.snapshot import Snapshots
 from app.training.single_ops import Sample
 
@@ -23,7 +23,7 @@ class Rooms(Protocol):
     """What sampling needs of the running gateway."""
 
     @property
-    def request_path(self) -> RequestPath: ...
+    def request_path(self) -> Serving: ...
     @property
     def snapshots(self) -> Snapshots: ...
 

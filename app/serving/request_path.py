@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from app.backends.base import Reply
 from app.domain import Principal
 from app.serving.batches import Batches
@@ -12,6 +14,18 @@ from app.serving.request import InferenceRequest
 from app.serving.resolve import resolve
 from app.serving.snapshot import Snapshot
 from app.serving.usage import UsageTap
+
+
+class Serving(Protocol):
+    """What answers an inference request: `RequestPath`, or what stands for it.
+
+    A name of its own, because compiled code takes only instances where a class is named.
+    """
+
+    async def serve(
+        self, request: InferenceRequest, principal: Principal, snapshot: Snapshot
+    ) -> Reply:
+        """See `RequestPath.serve`."""
 
 
 class RequestPath:
