@@ -1,11 +1,14 @@
 # The gateway: no torch, no compiler, not root.
 FROM python:3.12-slim AS build
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml hatch_build.py constraints.txt README.md ./
 COPY app app
 COPY migrations migrations
 RUN python -m venv /opt/loragate \
- && /opt/loragate/bin/pip install --no-cache-dir --constraint constraints.txt '.[postgres]'
+ && LORAGATE_COMPILE=1 /opt/loragate/bin/pip install --no-cache-dir --constraint constraints.txt '.[postgres]'
 
 FROM python:3.12-slim
 COPY --from=build /opt/loragate /opt/loragate

@@ -9,7 +9,9 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 PYTHON312 ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python3.12"; do \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: help serve test check format bench migration vllm bridge python312 clean
+COMPILED_TESTS = tests/unit/api tests/unit/backends tests/unit/serving tests/unit/test_compiled.py tests/integration
+
+.PHONY: help serve test check format bench compiled migration vllm bridge python312 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -33,13 +35,16 @@ check: $(VENV)/.test  ## format, lint, types, imports, migrations
 format: $(VENV)/.test  ## format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(VENV)/.bench .venv-vllm/.done  ## measure the gateway, beside its peers and on a vLLM; writes bench/results
+bench: $(VENV)/.bench .venv-vllm/.done .compiled/.done  ## measure the gateway, beside its peers and on a vLLM; writes bench/results
 	@$(BIN)/python -m bench.overhead $(ARGS)
 	@$(BIN)/python -m bench.registry_scale
 	@$(BIN)/python -m bench.routing
 	@$(BIN)/python -m bench.batching
 	@$(BIN)/python -m bench.training
 	@$(BIN)/python -m bench.plots
+
+compiled: .compiled/.done $(VENV)/.test  ## compile the gateway's hot path into .compiled, and run its tests on that
+	@PYTHONPATH=.compiled $(BIN)/python -m pytest -o 'pythonpath=.compiled . plugin' $(or $(ARGS),$(COMPILED_TESTS))
 
 migration: $(VENV)/.test  ## write a migration from the tables: make migration m="add a column"
 	@$(BIN)/alembic revision --autogenerate -m "$(m)"
@@ -52,7 +57,7 @@ python312:
 	@test -n "$(PYTHON312)" || { echo "Megatron-Bridge needs Python 3.12, and none was found; try: make PYTHON312=… bridge" >&2; exit 1; }
 
 clean:  ## remove what the other words built
-	rm -rf .venv .venv-vllm .venv-bridge .bench build dist
+	rm -rf .venv .venv-vllm .venv-bridge .bench .compiled build dist
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "setup: making $(VENV)"
@@ -73,6 +78,13 @@ $(VENV)/.test: $(VENV)/.worker
 $(VENV)/.bench: $(VENV)/.test
 	@echo "setup: installing what the benchmarks need"
 	@$(PIP) --editable '.[worker,postgres,test,bench]'
+	@touch $@
+
+# Takes a C compiler; pip brings mypyc along for the build. It is used through PYTHONPATH.
+.compiled/.done: $(VENV)/.base hatch_build.py $(shell find app -name '*.py')
+	@echo "setup: compiling the gateway's hot path into .compiled; two minutes"
+	@rm -rf .compiled
+	@LORAGATE_COMPILE=1 $(PIP) --no-deps --target .compiled .
 	@touch $@
 
 # The vision and audio parts of torch that come along are CUDA builds, which transformers then
