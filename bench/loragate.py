@@ -29,6 +29,7 @@ from app.db.engine import Database, database_url, migrate
 from app.db.tables import AdapterRow, AliasRow, VersionRow
 from app.domain import BaseModel, Pool, Scope
 from app.settings import PoolSettings, Settings
+from bench import compiled
 from bench.client import chat_body, get, post
 from bench.measure import Misbehaved
 from bench.null_upstream import BASE_MODEL
@@ -37,18 +38,23 @@ from bench.peers import Contender, Launch, Stand
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A way to measure loragate. `command` is what serves it: ours, or any ASGI server's."""
+    """A way to measure loragate. `command` is what serves it: ours, or any ASGI server's.
+
+    `compiled` runs the build of `make compiled` in the place of the checkout.
+    """
 
     title: str
     adapters: int = 1
     command: tuple[str, ...] = ("loragate", "serve")
+    compiled: bool = False
 
 
 VARIANTS = {
-    "loragate": Variant("loragate"),
-    "loragate-10k": Variant("loragate, 10,000 adapters", adapters=10_000),
+    "loragate-compiled": Variant("loragate, compiled", compiled=True),
+    "loragate": Variant("loragate, pure Python"),
+    "loragate-10k": Variant("loragate, pure Python, 10,000 adapters", adapters=10_000),
     "loragate-uvicorn": Variant(
-        "loragate, under plain uvicorn",
+        "loragate, pure Python, under plain uvicorn",
         command=("uvicorn", "app.main:app", "--no-access-log", "--log-level", "warning"),
     ),
 }
@@ -85,12 +91,13 @@ def registered(name: str, variant: Variant, scratch: Path, **options: int) -> Co
     return Contender(
         name,
         variant.title,
-        _launcher(home, variant.command, options),
+        _launcher(home, variant, options),
         requirements=("loragate", "uvicorn", "httptools", "uvloop"),
         model=model,
         upstream_model=f"{model}@1",
         key=key,
         inspect=_inspect,
+        lacking=compiled.missing() if variant.compiled else None,
     )
 
 
@@ -190,13 +197,13 @@ def _write_adapter(folder: Path) -> None:
 
 
 def _launcher(
-    home: Path, command: tuple[str, ...], options: Mapping[str, int]
+    home: Path, variant: Variant, options: Mapping[str, int]
 ) -> Callable[[Stand], Launch]:
     known = {name: options[name] for name in options if name in PoolSettings.model_fields}
 
     def launch(stand: Stand) -> Launch:
         pool = {"name": POOL, "base_model": BASE_MODEL, "replicas": stand.upstreams, **known}
-        program, *arguments = command
+        program, *arguments = variant.command
         if program == "uvicorn":
             arguments += ["--host", "127.0.0.1", "--port", str(stand.port)]
         return Launch(
@@ -207,6 +214,7 @@ def _launcher(
                 "LORAGATE_DATA_DIR": str(home),
                 "LORAGATE_POOLS": json.dumps([pool]),
                 "LORAGATE_EMBEDDED": "off",
+                **({"PYTHONPATH": str(compiled.FOLDER)} if variant.compiled else {}),
             },
         )
 

@@ -60,7 +60,8 @@ class Contender:
 
     `model` is asked for; `upstream_model` is what must then arrive at the replica. `requirements`
     are for pip, the package it is known by first; without `environment` it runs in ours.
-    `inspect` looks at it after its loads: more than a reply can tell.
+    `inspect` looks at it after its loads: more than a reply can tell. `lacking` says what of it
+    would have to be made before it can run; None if nothing.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Contender:
     key: str = KEY
     inspect: Inspection | None = None
     ready_within_s: float = 60.0
+    lacking: str | None = None
 
 
 def python_of(environment: str | None) -> Path:
@@ -226,6 +228,9 @@ PEERS = (
 
 def install(contender: Contender) -> bool:
     """Make the contender's environment unless it is there. False: it cannot be had here."""
+    if contender.lacking is not None:
+        print(f"{contender.name} is {contender.lacking}", file=sys.stderr)
+        return False
     if contender.environment is None:
         return True
     complete = HOME / contender.environment / ".complete"

@@ -99,7 +99,8 @@ def _profile(args: argparse.Namespace, scratch: Path) -> int:
                 _symbols(here, load, args.seconds, cores.load, scratch)
             else:
                 print("  apt-get install linux-perf to see system calls and symbols")
-        if args.only in loragate.VARIANTS:
+        # Compiled functions have no frames to sample.
+        if args.only in loragate.VARIANTS and not loragate.VARIANTS[args.only].compiled:
             samples = scratch / "samples.txt"
             with standing(
                 _sampled(contender, samples),
