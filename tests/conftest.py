@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import os
 from collections.abc import AsyncGenerator, Generator, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -139,7 +140,7 @@ def pytest_runtest_makereport(
 def _turn(item: pytest.Item) -> int:
     if item.get_closest_marker("vllm"):
         return 0
-    folder = item.nodeid.split("/")[1]
+    folder = next(iter(Path(item.nodeid).parts[1:-1]), "")
     return LONG_FIRST.index(folder) if folder in LONG_FIRST else len(LONG_FIRST)
 
 
